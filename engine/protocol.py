@@ -1,0 +1,99 @@
+"""Pure: what a worker asks of an engine: one `forward` over flattened variable-length slices of sequences.
+
+The same call serves prefill chunks and decode steps; a decode step is a slice of one token. The engine owns no
+bookkeeping: slots come in, KV goes to those slots of the bound pool, sampled tokens come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from halfmoon.blocks import Fingerprint
+from halfmoon.types import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class KvLayout:
+    """The geometry of one block: kv-head, layer, K/V, token, dim, contiguous, outermost first."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    element_bytes: int
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_kv_heads * self.num_layers * 2 * self.block_size * self.head_dim * self.element_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        return self.block_bytes // self.block_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    name: str
+    fingerprint: Fingerprint
+    layout: KvLayout
+    vocab_size: int
+    context_tokens_max: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One sequence's part of a pass: compute positions [start, start + len(token_ids)).
+
+    Args:
+        token_ids: the new tokens.
+        start: tokens of this sequence whose KV is in the pool already.
+        slots: the sequence's block table; `slots[i]` holds positions [i * block_size, (i + 1) * block_size).
+            Covers at least start + len(token_ids) positions.
+        sampling: not None: sample the token that follows the last new one.
+        logprobs: with sampling, as SamplingParams says.
+    """
+
+    token_ids: Sequence[int]
+    start: int
+    slots: Sequence[int]
+    sampling: SamplingParams | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """`logprob` and `top` (token id, log probability) are of the unmodified distribution (temperature 1)."""
+
+    token_id: int
+    logprob: float = 0.0
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Engine(Protocol):
+    """Computes on one device, from one thread at a time."""
+
+    model: ModelInfo
+
+    def bind(self, pool: memoryview, num_slots: int) -> None:
+        """Use `pool` (num_slots * block_bytes, writable, zeroed or not) as the KV pool. Borrows it until `close`."""
+        ...
+
+    def forward(self, slices: Sequence[Slice]) -> list[Sampled | None]:
+        """Run one pass; write the new tokens' KV into the pool; one result per slice, None where not sampled.
+
+        The sampled token's noise is a function of (seed, position of the sampled token) only. A sequence's result
+        does not depend on the other slices or on how it was cut into slices (batch invariance, DESIGN 5.7).
+
+        Raises:
+            IntegrityError: the fake engine, when a block does not hold what its sequence says.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the device and the pool. Idempotent."""
+        ...

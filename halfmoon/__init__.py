@@ -1,0 +1,1 @@
+"""Halfmoon: the ground floor: what a client imports (vocabulary, wire stubs, SDK)."""

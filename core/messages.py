@@ -213,7 +213,11 @@ class TransferSample:
 
 @dataclass(frozen=True, kw_only=True)
 class LoadReport:
-    """State and samples since the last report; sent at least every `report_interval_s`, and it is the liveness sign."""
+    """State and samples since the last report; sent at least every `report_interval_s`, and it is the liveness sign.
+
+    held_blocks: blocks of all tiers with at least one holder; 0 when nothing runs, or something leaks.
+    invariant_checks: how often this incarnation's ledgers were found to conserve (a failed check ends the process).
+    """
 
     queued_attempts: int = 0
     queued_tokens: int = 0
@@ -225,6 +229,9 @@ class LoadReport:
     draining: bool = False
     passes: tuple[PassSample, ...] = ()
     transfers: tuple[TransferSample, ...] = ()
+    held_blocks: int = 0
+    quarantined_blocks: int = 0
+    invariant_checks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

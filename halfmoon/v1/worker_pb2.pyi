@@ -303,7 +303,7 @@ class TransferSample(_message.Message):
     def __init__(self, source: _Optional[str] = ..., link: _Optional[str] = ..., num_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class LoadReport(_message.Message):
-    __slots__ = ("queued_attempts", "queued_tokens", "running_sequences", "kv_tokens", "free_device_blocks", "evictable_device_blocks", "free_dram_blocks", "draining", "passes", "transfers")
+    __slots__ = ("queued_attempts", "queued_tokens", "running_sequences", "kv_tokens", "free_device_blocks", "evictable_device_blocks", "free_dram_blocks", "draining", "passes", "transfers", "held_blocks", "quarantined_blocks", "invariant_checks")
     QUEUED_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +314,9 @@ class LoadReport(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     PASSES_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    INVARIANT_CHECKS_FIELD_NUMBER: _ClassVar[int]
     queued_attempts: int
     queued_tokens: int
     running_sequences: int
@@ -324,7 +327,10 @@ class LoadReport(_message.Message):
     draining: bool
     passes: _containers.RepeatedCompositeFieldContainer[PassSample]
     transfers: _containers.RepeatedCompositeFieldContainer[TransferSample]
-    def __init__(self, queued_attempts: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., evictable_device_blocks: _Optional[int] = ..., free_dram_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., passes: _Optional[_Iterable[_Union[PassSample, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[TransferSample, _Mapping]]] = ...) -> None: ...
+    held_blocks: int
+    quarantined_blocks: int
+    invariant_checks: int
+    def __init__(self, queued_attempts: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., running_sequences: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., free_device_blocks: _Optional[int] = ..., evictable_device_blocks: _Optional[int] = ..., free_dram_blocks: _Optional[int] = ..., draining: _Optional[bool] = ..., passes: _Optional[_Iterable[_Union[PassSample, _Mapping]]] = ..., transfers: _Optional[_Iterable[_Union[TransferSample, _Mapping]]] = ..., held_blocks: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., invariant_checks: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("attempt_id", "hit_tokens")

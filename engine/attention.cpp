@@ -1,0 +1,241 @@
+// Causal attention over the paged pool: the same code, and the same bits, for decode steps and prefill chunks.
+//
+// A query row walks over tiles of kKeys keys that are aligned from position 0, first to last, with an online softmax
+// (Milakov and Gimelshein 2018; Dao et al. 2022). Scores and weighted values are the chains of tile.h. Keys that a row
+// does not see have weight zero, so neither its company in the tile nor the end of its chunk changes a bit.
+#include <algorithm>
+#include <limits>
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace halfmoon {
+namespace {
+
+constexpr int64_t kKeys = 64;       // keys of one tile
+constexpr int64_t kUnitRows = 48;   // query rows x heads that share a tile of K and V
+constexpr int64_t kDimMax = 256;
+constexpr float kLowest = -std::numeric_limits<float>::infinity();
+
+struct Lanes {
+  float index[kKeys];
+  constexpr Lanes() : index() {
+    for (int i = 0; i < kKeys; ++i) index[i] = float(i);
+  }
+};
+constexpr Lanes kIndex;
+
+// The working memory of one unit.
+struct Work {
+  float* q;        // [rows][dim], times scale and log2(e)
+  float* sum;      // [rows][width]: weighted values, not yet divided
+  float* total;    // [rows][kLanes]: weights, lane by lane
+  float* highest;  // [rows]: the greatest score so far
+  float* weights;  // [kTileRows][kKeys]
+  float* keys;     // panels [kKeys / kPanel][dim][kPanel]
+  float* values;   // panels [width / kPanel][kKeys][kPanel]
+  int64_t width;   // dim rounded up to whole panels
+
+  Work(Scratch& scratch, int64_t rows, int64_t dim) : width(round_up(dim, kPanel)) {
+    const int64_t q_size = round_up(rows * dim, 16), highest_size = round_up(rows, 16);
+    q = scratch.room(q_size + rows * (width + kLanes) + highest_size + kKeys * (kTileRows + dim + width));
+    keys = q + q_size;
+    values = keys + kKeys * dim;
+    weights = values + kKeys * width;
+    sum = weights + kTileRows * kKeys;
+    total = sum + rows * width;
+    highest = total + rows * kLanes;
+  }
+};
+
+// Where the K rows of a tile lie; V's lie block_size * dim further. Absent keys read as zeros.
+template <class T>
+struct Rows {
+  const T* k[kKeys];
+  const T* v[kKeys];
+};
+
+template <class T>
+void find_rows(const Attention<T>& job, const AttentionUnit& unit, int64_t first_key, int64_t end, Rows<T>& rows) {
+  alignas(64) static const T zeros[kDimMax] = {};
+  const T* head = job.layer + unit.kv_head * job.kv_head_stride;
+  for (int64_t i = 0; i < kKeys; ++i) {
+    const int64_t key = first_key + i;
+    if (key >= end) {
+      rows.k[i] = rows.v[i] = zeros;
+      continue;
+    }
+    const int64_t block = key / job.block_size, offset = key - block * job.block_size;
+    rows.k[i] = head + unit.block_table[block] * job.slot_stride + offset * job.dim;
+    rows.v[i] = rows.k[i] + job.block_size * job.dim;
+  }
+}
+
+template <class T>
+void prefetch(const Rows<T>& rows, int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < kKeys; ++i)
+    for (int64_t d = 0; d < dim; d += line) {
+      __builtin_prefetch(rows.k[i] + d);
+      __builtin_prefetch(rows.v[i] + d);
+    }
+}
+
+// 8 keys' words at d, transposed: out[d + j] gets dimension d + j of the 8 keys.
+inline void spread(const float* const* rows, int64_t d, float* out) {
+  U32x8 in[8], columns[8];
+  for (int i = 0; i < 8; ++i) in[i] = load_as<U32x8>(rows[i] + d);
+  transpose(in, columns);
+  for (int j = 0; j < 8; ++j) store_as(out + (d + j) * kPanel, columns[j]);
+}
+
+inline void spread(const bf16* const* rows, int64_t d, float* out) {
+  U32x8 in[8], columns[8];
+  for (int i = 0; i < 8; ++i) in[i] = load_as<U32x8>(rows[i] + d);
+  transpose(in, columns);
+  for (int j = 0; j < 8; ++j) {
+    store_as(out + (d + 2 * j) * kPanel, columns[j] << 16);
+    store_as(out + (d + 2 * j + 1) * kPanel, columns[j] & 0xffff0000u);
+  }
+}
+
+template <class T>
+void pack_keys(const Rows<T>& rows, int64_t dim, float* keys) {
+  constexpr int64_t step = 32 / sizeof(T);
+  for (int64_t i = 0; i < kKeys; i += 8) {
+    float* out = keys + i / kPanel * dim * kPanel + i % kPanel;
+    int64_t d = 0;
+    for (; d + step <= dim; d += step) spread(rows.k + i, d, out);
+    for (; d < dim; ++d)
+      for (int64_t j = 0; j < 8; ++j) out[d * kPanel + j] = widen(rows.k[i + j][d]);
+  }
+}
+
+template <class T>
+void pack_values(const Rows<T>& rows, int64_t dim, float* values) {
+  for (int64_t i = 0; i < kKeys; ++i)
+    by_lanes(dim, [&](int64_t d, int64_t count) {
+      float* panel = values + d / kPanel * kKeys * kPanel + i * kPanel + d % kPanel;
+      store(panel, load_upto(rows.v[i] + d, count));
+    });
+}
+
+template <class T>
+void load_queries(const Attention<T>& job, const AttentionUnit& unit, float* q) {
+  const int64_t group = job.num_heads / job.num_kv_heads, size = group * job.dim;
+  const F32 scale = splat(job.scale * kLog2e);
+  for (int64_t r = 0; r < unit.num_rows; ++r) {
+    const T* row = job.q + (unit.first_row + r) * job.q_stride + unit.kv_head * size;
+    by_lanes(size, [&](int64_t i, int64_t count) {
+      store_upto(q + r * size + i, load_upto(row + i, count) * scale, count);
+    });
+  }
+}
+
+// Keys [low, high) of a tile are seen; the rest of `scores` becomes -inf. Returns the greatest.
+float mask(float* scores, int64_t low, int64_t high) {
+  F32 highest = splat(kLowest);
+  for (int64_t i = 0; i < kKeys; i += kLanes) {
+    const F32 index = load(kIndex.index + i);
+    F32 s = load(scores + i);
+    if (low > 0 || high < kKeys) {
+      s = index < float(high) ? s : splat(kLowest);
+      s = index >= float(low) ? s : splat(kLowest);
+      store(scores + i, s);
+    }
+    highest = max(s, highest);
+  }
+  return max_lanes(highest);
+}
+
+void scale_by(float* x, int64_t size, float factor) {
+  for (int64_t i = 0; i < size; i += kLanes) store(x + i, load(x + i) * splat(factor));
+}
+
+// scores [kKeys] -> weights in place; brings row r's running sums to the new maximum.
+void soften(const Work& work, int64_t r, float* scores, int64_t low, int64_t high) {
+  if (high <= low) {
+    std::fill_n(scores, kKeys, 0.0f);
+    return;
+  }
+  const float highest = std::max(work.highest[r], mask(scores, low, high));
+  if (highest != work.highest[r]) {
+    const float factor = exp2(splat(work.highest[r] - highest))[0];
+    scale_by(work.sum + r * work.width, work.width, factor);
+    scale_by(work.total + r * kLanes, kLanes, factor);
+    work.highest[r] = highest;
+  }
+  F32 total = load(work.total + r * kLanes);
+  for (int64_t i = 0; i < kKeys; i += kLanes) {
+    const F32 weight = exp2(load(scores + i) - splat(highest));
+    store(scores + i, weight);
+    total = total + weight;
+  }
+  store(work.total + r * kLanes, total);
+}
+
+// Adds one tile of keys, of which the first `depth` exist, to rows [first, first + count) of the unit.
+template <class T>
+void add_tile(const Attention<T>& job, const AttentionUnit& unit, const Work& work, int64_t first_key, int64_t depth,
+              int64_t first, int64_t count) {
+  const int64_t group = job.num_heads / job.num_kv_heads;
+  std::fill_n(work.weights, count * kKeys, 0.0f);
+  tile_rows(count, work.q + first * job.dim, job.dim, work.keys, job.dim * kPanel, kKeys / kPanel, job.dim,
+            work.weights, kKeys);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t position = unit.position + (first + i) / group;
+    const int64_t low = job.window ? std::max<int64_t>(0, position - job.window + 1 - first_key) : 0;
+    const int64_t high = std::min(position + 1 - first_key, kKeys);
+    soften(work, first + i, work.weights + i * kKeys, low, high);
+  }
+  tile_rows(count, work.weights, kKeys, work.values, kKeys * kPanel, work.width / kPanel, depth,
+            work.sum + first * work.width, work.width);
+}
+
+template <class T>
+void store_rows(const Attention<T>& job, const AttentionUnit& unit, const Work& work) {
+  const int64_t group = job.num_heads / job.num_kv_heads;
+  for (int64_t r = 0; r < unit.num_rows * group; ++r) {
+    T* row = job.out + ((unit.first_row + r / group) * job.num_heads + unit.kv_head * group + r % group) * job.dim;
+    const F32 total = splat(sum_lanes(load(work.total + r * kLanes)));
+    by_lanes(job.dim, [&](int64_t d, int64_t count) {
+      store_upto(row + d, load(work.sum + r * work.width + d) / total, count);
+    });
+  }
+}
+
+}  // namespace
+
+int64_t rows_per_unit(int64_t heads_per_kv_head) { return std::max<int64_t>(1, kUnitRows / heads_per_kv_head); }
+
+template <class T>
+void attend(const Attention<T>& job, const AttentionUnit& unit) {
+  thread_local Scratch scratch;
+  const int64_t rows = unit.num_rows * (job.num_heads / job.num_kv_heads), end = unit.position + unit.num_rows;
+  const Work work(scratch, rows, job.dim);
+  std::fill_n(work.values, kKeys * work.width, 0.0f);
+  std::fill_n(work.sum, rows * (work.width + kLanes), 0.0f);
+  std::fill_n(work.highest, rows, kLowest);
+  load_queries(job, unit, work.q);
+  const int64_t seen_from = job.window ? std::max<int64_t>(0, unit.position - job.window + 1) : 0;
+  Rows<T> now, next;
+  find_rows(job, unit, seen_from / kKeys * kKeys, end, next);
+  for (int64_t key = seen_from / kKeys * kKeys; key < end; key += kKeys) {
+    now = next;
+    if (key + kKeys < end) {
+      find_rows(job, unit, key + kKeys, end, next);
+      prefetch(next, job.dim);
+    }
+    pack_keys(now, job.dim, work.keys);
+    pack_values(now, job.dim, work.values);
+    by_tile_rows(rows, [&](int64_t first, int64_t count) {
+      add_tile(job, unit, work, key, std::min(kKeys, end - key), first, count);
+    });
+  }
+  store_rows(job, unit, work);
+}
+
+template void attend(const Attention<float>&, const AttentionUnit&);
+template void attend(const Attention<bf16>&, const AttentionUnit&);
+
+}  // namespace halfmoon

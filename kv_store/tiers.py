@@ -1,15 +1,7 @@
 """Pure: one node's KV cache over its tiers: block tables, hits, evictions, parking, all as ledger entries and Moves.
 
 It never moves bytes: it returns `Move`s through `take_moves`; the shell performs them in order and reports `on_moved`,
-in any order and in any portions.
-
-What holds while moves are out:
-- The target of a move is held by the move, and its source is held by it too (a load) or marked as departing (an
-  eviction, a parking): neither is free, or given to anyone, before `on_moved`.
-- A block on its way from DEVICE to DRAM is valid in DEVICE until then: `match` finds it there, and whoever opens or
-  pins it keeps it there. The move still completes, and the block is then ready in both tiers.
-- A block on its way from DRAM to DEVICE is found in DRAM; a second sequence that wants it shares the arriving slot.
-- Copies are announced when they become ready and when they are dropped, so events say what `match` would find.
+in any order and in any portions. What holds while moves are out is said in `tier_pair.py`.
 """
 
 from __future__ import annotations
@@ -19,18 +11,10 @@ from dataclasses import dataclass
 
 from core.messages import BlockCopy, KvEvents
 from halfmoon.types import AttemptId, BlockHash, Tier
-from kv_store.announcements import Announcements
-from kv_store.ledger import Ledger, SlotState
-from kv_store.moves import Cargo, MoveBook
+from kv_store.ledger import Ledger
+from kv_store.moves import Cargo
+from kv_store.tier_pair import Content, TierPair
 from kv_store.values import Move, Opened, Place
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Content:
-    """A block whose bytes are in this node: the DRAM slot that the owner holds of it, if any, and its name, if any."""
-
-    name: BlockHash | None
-    dram_slot: int | None
 
 
 @dataclass(kw_only=True)
@@ -42,7 +26,11 @@ class _Table:
     chain: tuple[BlockHash, ...]
     is_quarantined: bool = False
 
-    def parent_of(self, index: int) -> BlockHash | None:
+    def cargo(self, index: int) -> Cargo:
+        """Block `index` as a move would carry it."""
+        return Cargo(name=self.names[index], parent=self._name_before(index))
+
+    def _name_before(self, index: int) -> BlockHash | None:
         if index == 0:
             return None
         foretold = self.chain[index - 1] if index <= len(self.chain) else None
@@ -53,7 +41,7 @@ class _Table:
 class _Parked:
     """A preempted sequence: DRAM slots held, in order."""
 
-    contents: list[_Content]
+    contents: list[Content]
     chain: tuple[BlockHash, ...]
     is_quarantined: bool = False
 
@@ -73,40 +61,30 @@ class KvCache:
         assert num_device_slots > 0
         assert block_size > 0
         self.block_size = block_size
-        self._device = Ledger(Tier.DEVICE, num_device_slots)
-        self._dram = Ledger(Tier.DRAM, num_dram_slots)
-        self._ledgers = {Tier.DEVICE: self._device, Tier.DRAM: self._dram}
+        self._tiers = TierPair(num_device_slots, num_dram_slots)
         self._tables: dict[AttemptId, _Table] = {}
         self._parked: dict[AttemptId, _Parked] = {}
-        self._moves = MoveBook()
-        self._news = Announcements()
 
     # ---- questions (change nothing, renew nothing) ----
 
     def match(self, hashes: Sequence[BlockHash]) -> tuple[Tier, ...]:
         """The tier of each block of the longest hole-free prefix of `hashes` that this node holds ready."""
-        tiers: list[Tier] = []
-        for name in hashes:
-            if self._device.find(name) is not None:
-                tiers.append(Tier.DEVICE)
-            elif self._dram.find(name) is not None:
-                tiers.append(Tier.DRAM)
-            else:
-                break
-        return tuple(tiers)
+        return self._tiers.match(hashes)
 
     def counts(self, tier: Tier) -> dict[str, int]:
         """Slots by state name."""
-        return self._ledgers[tier].counts()
+        return self._tiers.ledgers[tier].counts()
 
     def available(self, tier: Tier) -> int:
         """Slots that an allocation could get now or after pending moves: free + evictable + evicting."""
-        return self._ledgers[tier].num_available
+        return self._tiers.ledgers[tier].num_available
 
     def snapshot(self) -> tuple[BlockCopy, ...]:
         """Every visible copy now. Changes not yet taken as an event are included: replaying that event is harmless."""
         return tuple(
-            BlockCopy(block_hash=name, tier=tier) for tier, ledger in self._ledgers.items() for name in ledger.names()
+            BlockCopy(block_hash=name, tier=tier)
+            for tier, ledger in self._tiers.ledgers.items()
+            for name in ledger.names()
         )
 
     # ---- sequences ----
@@ -135,18 +113,18 @@ class KvCache:
         """
         if owner in self._tables or owner in self._parked:
             raise ValueError(f"{owner} is open already")
-        if not 0 < num_blocks <= self._device.num_slots:
-            raise ValueError(f"{owner} asks for {num_blocks} of {self._device.num_slots} blocks")
+        if not 0 < num_blocks <= self._tiers.device.num_slots:
+            raise ValueError(f"{owner} asks for {num_blocks} of {self._tiers.device.num_slots} blocks")
         limit = num_blocks if use_hits is None else min(use_hits, num_blocks)
         contents = self._hold_hits(owner, hashes[:limit])
-        opened = self._seat(owner, contents, num_blocks, tuple(hashes), now_s)
+        opened = self._seat(owner, contents, num_blocks, tuple(hashes))
         self._release_contents(owner, contents, None if opened is None else now_s)
         return opened
 
     def grow(self, owner: AttemptId, now_s: float) -> int | None:
         """One more slot at the end of the owner's table; None when there is no room yet (see `open`)."""
         table = self._running(owner)
-        if not self._make_room(1, now_s):
+        if not self._tiers.make_room(1):
             return None
         self._append_empty(owner, table)
         return table.slots[-1]
@@ -174,10 +152,8 @@ class KvCache:
         if table.names[index] is not None:
             return
         table.names[index] = block_hash
-        if self._device.find(block_hash) is None:
-            self._publish(
-                self._device, table.slots[index], Cargo(name=block_hash, parent=table.parent_of(index)), now_s
-            )
+        if self._tiers.device.find(block_hash) is None:
+            self._tiers.publish(self._tiers.device, table.slots[index], table.cargo(index), now_s)
 
     def close(self, owner: AttemptId, now_s: float) -> None:
         """Release everything the owner holds: named blocks stay reusable, private slots are freed.
@@ -190,7 +166,7 @@ class KvCache:
             table = self._table(owner)
             del self._tables[owner]
             self._leave(owner, table.slots, now_s)
-        for ledger in self._ledgers.values():
+        for ledger in self._tiers.ledgers.values():
             ledger.end_quarantine(owner)
 
     def quarantine(self, owner: AttemptId) -> None:
@@ -199,9 +175,9 @@ class KvCache:
         sequence = self._parked.get(owner) or self._table(owner)
         sequence.is_quarantined = True
         if isinstance(sequence, _Table):
-            self._device.quarantine(owner, sequence.slots)
+            self._tiers.device.quarantine(owner, sequence.slots)
         else:
-            self._dram.quarantine(owner, [c.dram_slot for c in sequence.contents if c.dram_slot is not None])
+            self._tiers.dram.quarantine(owner, [c.dram_slot for c in sequence.contents if c.dram_slot is not None])
 
     def park(self, owner: AttemptId, num_blocks: int, now_s: float) -> bool:
         """Preempt: move the owner's first `num_blocks` blocks (the rest are freed) to DRAM, and hold them there.
@@ -212,18 +188,17 @@ class KvCache:
         table = self._running(owner)
         if not 0 <= num_blocks <= len(table.slots):
             raise ValueError(f"{owner} has no {num_blocks} blocks to park")
-        blocks = list(zip(table.slots, table.names, strict=True))[:num_blocks]
-        copies = [self._dram_copy(slot, name) for slot, name in blocks]
+        copies = [self._tiers.dram_copy(table.slots[i], table.names[i]) for i in range(num_blocks)]
         held = [copy for copy in copies if copy is not None]
         for copy in held:
-            self._dram.hold(copy, owner)
-        if self._dram.num_available < num_blocks - len(held) or self._dram.num_slots == 0:
+            self._tiers.dram.hold(copy, owner)
+        if self._tiers.dram.num_available < num_blocks - len(held) or self._tiers.dram.num_slots == 0:
             for copy in reversed(held):
-                self._dram.release(copy, owner)
+                self._tiers.dram.release(copy, owner)
             return False
         contents = [
-            _Content(name=name, dram_slot=self._save(owner, table, i) if copy is None else copy)
-            for i, (name, copy) in enumerate(zip(table.names, copies, strict=False))
+            Content(cargo=table.cargo(i), dram_slot=self._save(owner, table, i) if copy is None else copy)
+            for i, copy in enumerate(copies)
         ]
         del self._tables[owner]
         self._parked[owner] = _Parked(contents=contents, chain=table.chain)
@@ -239,7 +214,7 @@ class KvCache:
         parked = self._parked.get(owner)
         if parked is None or parked.is_quarantined:
             raise ValueError(f"{owner} is not parked" if parked is None else f"{owner} is quarantined")
-        opened = self._seat(owner, parked.contents, len(parked.contents), parked.chain, now_s)
+        opened = self._seat(owner, parked.contents, len(parked.contents), parked.chain)
         if opened is not None:
             del self._parked[owner]
             self._release_contents(owner, parked.contents, now_s)
@@ -252,7 +227,7 @@ class KvCache:
 
         A holder pins a block once; it must `unpin_copy` the place that it got.
         """
-        for ledger in self._ledgers.values():
+        for ledger in self._tiers.ledgers.values():
             slot = ledger.find(block_hash)
             if slot is not None:
                 ledger.hold(slot, holder)
@@ -260,7 +235,7 @@ class KvCache:
         return None
 
     def unpin_copy(self, place: Place, holder: str) -> None:
-        ledger = self._ledgers[place.tier]
+        ledger = self._tiers.ledgers[place.tier]
         assert ledger.place(place.slot) == place, f"{holder} holds {place}, which was given away"
         ledger.release(place.slot, holder)
 
@@ -268,96 +243,79 @@ class KvCache:
 
     def take_moves(self) -> list[Move]:
         """Moves decided since the last call, to be performed in this order."""
-        return self._moves.take()
+        return self._tiers.moves.take()
 
     def on_moved(self, moves: Sequence[Move], now_s: float) -> None:
         """These moves are done. ValueError: one of them was not out."""
         for move in moves:
-            cargo = self._moves.finish(move)
-            self._arrive(move, cargo, now_s)
-            self._depart_from(move)
+            self._tiers.finish(move, now_s)
 
     def take_events(self) -> KvEvents | None:
         """What appeared and left since the last call, under the next consecutive id; None when nothing did."""
-        return self._news.take()
+        return self._tiers.news.take()
 
     @property
     def last_event_id(self) -> int:
-        return self._news.last_event_id
+        return self._tiers.news.last_event_id
 
     def check_invariants(self) -> None:
         """Assert conservation and that pins equal holders. Cheap enough for every simulated event: O(held slots)."""
-        for ledger in self._ledgers.values():
+        for ledger in self._tiers.ledgers.values():
             ledger.check_invariants()
             for slot in ledger.held_slots():
                 self._check_holders(ledger, slot)
         self._check_sequences()
-        self._check_moves()
+        self._tiers.check_moves()
 
     def audit(self) -> None:
         """`check_invariants` and a scan of every slot of every tier: O(slots)."""
         self.check_invariants()
-        for ledger in self._ledgers.values():
+        for ledger in self._tiers.ledgers.values():
             ledger.audit()
 
     # ---- opening ----
 
-    def _hold_hits(self, owner: AttemptId, hashes: Sequence[BlockHash]) -> list[_Content]:
+    def _hold_hits(self, owner: AttemptId, hashes: Sequence[BlockHash]) -> list[Content]:
         """The usable prefix; its DRAM copies are held, so that making room cannot drop them."""
         contents = []
+        parent = None
         for name, tier in zip(hashes, self.match(hashes), strict=False):
-            dram_slot = self._dram.find(name) if tier is Tier.DRAM else None
+            dram_slot = self._tiers.dram.find(name) if tier is Tier.DRAM else None
             if dram_slot is not None:
-                self._dram.hold(dram_slot, owner)
-            contents.append(_Content(name=name, dram_slot=dram_slot))
+                self._tiers.dram.hold(dram_slot, owner)
+            contents.append(Content(cargo=Cargo(name=name, parent=parent), dram_slot=dram_slot))
+            parent = name
         return contents
 
     def _seat(
         self,
         owner: AttemptId,
-        contents: Sequence[_Content],
+        contents: Sequence[Content],
         num_blocks: int,
         chain: tuple[BlockHash, ...],
-        now_s: float,
     ) -> Opened | None:
         """A table whose first blocks are `contents`. None, with nothing held in DEVICE: no room yet."""
-        present = [self._device_copy(content) for content in contents]
+        present = [self._tiers.device_copy(content) for content in contents]
         kept = [slot for slot in present if slot is not None]
         for slot in kept:
-            self._device.hold(slot, owner)
-        if not self._make_room(num_blocks - len(kept), now_s):
+            self._tiers.device.hold(slot, owner)
+        if not self._tiers.make_room(num_blocks - len(kept)):
             for slot in reversed(kept):
-                self._device.release(slot, owner)
+                self._tiers.device.release(slot, owner)
             return None
-        slots = [self._load(owner, c) if slot is None else slot for c, slot in zip(contents, present, strict=True)]
-        table = _Table(slots=slots, names=[content.name for content in contents], chain=chain)
+        slots = [
+            self._tiers.load(owner, c) if slot is None else slot for c, slot in zip(contents, present, strict=True)
+        ]
+        table = _Table(slots=slots, names=[content.cargo.name for content in contents], chain=chain)
         self._tables[owner] = table
-        loading = frozenset(i for i, slot in enumerate(slots) if self._moves.into(Tier.DEVICE, slot) is not None)
+        loading = frozenset(i for i, slot in enumerate(slots) if self._tiers.moves.into(Tier.DEVICE, slot) is not None)
         while len(table.slots) < num_blocks:
             self._append_empty(owner, table)
         hits = tuple(Tier.DRAM if i in loading else Tier.DEVICE for i in range(len(contents)))
         return Opened(slots=tuple(table.slots), hits=hits, loading=loading)
 
-    def _device_copy(self, content: _Content) -> int | None:
-        """A DEVICE slot that has the content, or is getting it; a parking whose move is still out is taken back."""
-        slot = self._device.find(content.name)
-        if slot is None:
-            slot = self._moves.arriving(Tier.DEVICE, content.name)
-        if slot is None and content.dram_slot is not None:
-            move = self._moves.into(Tier.DRAM, content.dram_slot)
-            slot = None if move is None else move.source.slot
-        return slot
-
-    def _dram_copy(self, slot: int, name: BlockHash | None) -> int | None:
-        """A DRAM slot that has the content of this DEVICE slot, or is getting it; a load still out has its source."""
-        loading = self._moves.into(Tier.DEVICE, slot)
-        if loading is not None:
-            return loading.source.slot
-        copy = self._dram.find(name)
-        return self._moves.arriving(Tier.DRAM, name) if copy is None else copy
-
     def _append_empty(self, owner: AttemptId, table: _Table) -> None:
-        slot = self._device.allocate(owner)
+        slot = self._tiers.device.allocate(owner)
         assert slot is not None, "room was made"
         table.slots.append(slot)
         table.names.append(None)
@@ -365,100 +323,21 @@ class KvCache:
     def _leave(self, owner: AttemptId, slots: Sequence[int], now_s: float) -> None:
         """Release DEVICE slots, last first: of equally recent blocks the chain's tail is evicted first."""
         for slot in reversed(slots):
-            self._device.touch(slot, now_s)
-            self._device.release(slot, owner)
+            self._tiers.device.touch(slot, now_s)
+            self._tiers.device.release(slot, owner)
 
-    def _release_contents(self, owner: AttemptId, contents: Sequence[_Content], used_s: float | None) -> None:
+    def _release_contents(self, owner: AttemptId, contents: Sequence[Content], used_s: float | None) -> None:
         """Release DRAM slots, last first; `used_s`: when they were used, None: they were not."""
         for slot in reversed([c.dram_slot for c in contents if c.dram_slot is not None]):
             if used_s is not None:
-                self._dram.touch(slot, used_s)
-            self._dram.release(slot, owner)
-
-    # ---- room ----
-
-    def _make_room(self, num_slots: int, now_s: float) -> bool:
-        """True: that many DEVICE slots are free now. False: never, or when the moves that are out are done."""
-        device = self._device
-        if device.num_available < num_slots:
-            return False
-        while device.num_free + device.num_evicting < num_slots:
-            self._evict_one(now_s)
-        return device.num_free >= num_slots
-
-    def _evict_one(self, now_s: float) -> None:
-        """Give up the policy's victim: at once if DRAM has it or cannot take it, else by a move."""
-        victim = self._device.victim()
-        assert victim is not None, "ready slots were counted"
-        name = self._device.name(victim)
-        if self._dram.find(name) is not None or self._dram.num_available == 0:
-            self._drop(self._device, victim)
-        else:
-            self._start_save(victim, name, self._device.parent(victim))
-
-    def _make_dram_room(self) -> None:
-        """One free DRAM slot, by forgetting the least useful ready block; the caller knows that there is one."""
-        if self._dram.num_free == 0:
-            victim = self._dram.victim()
-            assert victim is not None, "ready slots were counted"
-            self._drop(self._dram, victim)
-
-    # ---- moves ----
-
-    def _load(self, owner: AttemptId, content: _Content) -> int:
-        """A DEVICE slot for content that only DRAM has, and the move that fills it."""
-        assert content.dram_slot is not None
-        slot = self._device.allocate(owner)
-        assert slot is not None, "room was made"
-        move = Move(source=self._dram.place(content.dram_slot), target=self._device.place(slot))
-        self._moves.start(move, Cargo(name=content.name, parent=self._dram.parent(content.dram_slot)))
-        self._dram.hold(content.dram_slot, move)
-        self._device.hold(slot, move)
-        return slot
+                self._tiers.dram.touch(slot, used_s)
+            self._tiers.dram.release(slot, owner)
 
     def _save(self, owner: AttemptId, table: _Table, index: int) -> int:
         """A DRAM slot held by `owner` for the bytes of one of its blocks, and the move that fills it."""
-        target = self._start_save(table.slots[index], table.names[index], table.parent_of(index))
-        self._dram.hold(target, owner)
+        target = self._tiers.save(table.slots[index], table.cargo(index))
+        self._tiers.dram.hold(target, owner)
         return target
-
-    def _start_save(self, slot: int, name: BlockHash | None, parent: BlockHash | None) -> int:
-        self._make_dram_room()
-        move = Move(source=self._device.place(slot), target=self._dram.upcoming())
-        target = self._dram.allocate(move)
-        assert target == move.target.slot, "allocate gives the upcoming place"
-        self._moves.start(move, Cargo(name=name, parent=parent))
-        self._device.depart(slot)
-        return target
-
-    def _arrive(self, move: Move, cargo: Cargo, now_s: float) -> None:
-        """The target's bytes are right: visible under their name, unless another slot has it by now."""
-        ledger, slot = self._ledgers[move.target.tier], move.target.slot
-        assert ledger.place(slot) == move.target, f"{move}: the target was given away"
-        if cargo.name is not None and ledger.find(cargo.name) is None:
-            self._publish(ledger, slot, cargo, now_s)
-        ledger.release(slot, move)
-
-    def _depart_from(self, move: Move) -> None:
-        """Let go of the source; a DEVICE block that nobody took back meanwhile is dropped, now that DRAM has it."""
-        ledger, slot = self._ledgers[move.source.tier], move.source.slot
-        assert ledger.place(slot) == move.source, f"{move}: the source was given away"
-        if move.source.tier is Tier.DRAM:
-            ledger.release(slot, move)
-            return
-        ledger.end_departure(slot)
-        if ledger.state(slot) is SlotState.READY and self._dram.find(ledger.name(slot)) is not None:
-            self._drop(ledger, slot)
-
-    # ---- visible copies ----
-
-    def _publish(self, ledger: Ledger, slot: int, cargo: Cargo, now_s: float) -> None:
-        assert cargo.name is not None
-        ledger.publish(slot, cargo.name, cargo.parent, now_s)
-        self._news.stored(ledger.tier, cargo.name)
-
-    def _drop(self, ledger: Ledger, slot: int) -> None:
-        self._news.removed(ledger.tier, ledger.drop(slot))
 
     # ---- looking up owners ----
 
@@ -480,22 +359,16 @@ class KvCache:
         for holder in ledger.holders(slot):
             where = f"{ledger.tier.name} slot {slot} held by {holder}"
             if isinstance(holder, Move):
-                assert holder in self._moves, f"{where}, which is done"
+                assert holder in self._tiers.moves, f"{where}, which is done"
             elif isinstance(holder, AttemptId):
-                assert holder in (self._tables if ledger is self._device else self._parked), f"{where}: leaked"
+                assert holder in (self._tables if ledger is self._tiers.device else self._parked), f"{where}: leaked"
             else:
                 assert ledger.name(slot) is not None, f"{where} is not visible"
 
     def _check_sequences(self) -> None:
         for owner, table in self._tables.items():
             assert len(set(table.slots)) == len(table.slots) == len(table.names), f"{owner}: {table}"
-            assert all(owner in self._device.holders(slot) for slot in table.slots), f"{owner} lost a slot"
+            assert all(owner in self._tiers.device.holders(slot) for slot in table.slots), f"{owner} lost a slot"
         for owner, parked in self._parked.items():
             held = [c.dram_slot for c in parked.contents if c.dram_slot is not None]
-            assert all(owner in self._dram.holders(slot) for slot in held), f"{owner} lost a parked slot"
-
-    def _check_moves(self) -> None:
-        for move in self._moves:
-            for place in (move.source, move.target):
-                assert self._ledgers[place.tier].place(place.slot) == place, f"{move}: {place} was given away"
-            assert move in self._ledgers[move.target.tier].holders(move.target.slot), f"{move}: target not held"
+            assert all(owner in self._tiers.dram.holders(slot) for slot in held), f"{owner} lost a parked slot"

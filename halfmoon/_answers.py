@@ -36,6 +36,9 @@ class ClusterNode:
     indexed_blocks: int
     index_mode: str
     last_heard_s: float
+    held_blocks: int
+    quarantined_blocks: int
+    invariant_checks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,4 +95,7 @@ def _node_of(status: admin_pb2.NodeStatus) -> ClusterNode:
         indexed_blocks=status.indexed_blocks,
         index_mode=status.index_mode,
         last_heard_s=status.last_heard_s,
+        held_blocks=load.held_blocks,
+        quarantined_blocks=load.quarantined_blocks,
+        invariant_checks=load.invariant_checks,
     )

@@ -1,0 +1,50 @@
+"""Pure: what a worker machine measures between two load reports."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import replace
+
+from core.messages import LoadReport, PassSample
+from engine.protocol import Slice
+from halfmoon.types import Tier
+from kv_store.tiers import KvCache
+
+SAMPLES_MAX = 1024
+"""Kept between two reports; older ones are dropped. A pass takes a millisecond or more, a report is due each second."""
+
+
+class Samples:
+    """Passes since the last report."""
+
+    def __init__(self) -> None:
+        self._passes: deque[PassSample] = deque(maxlen=SAMPLES_MAX)
+
+    def add_pass(self, *, prefill: Iterable[Slice], decode: Iterable[Slice], seconds: float) -> None:
+        chunks, steps = tuple(prefill), tuple(decode)
+        self._passes.append(
+            PassSample(
+                new_tokens=sum(len(s.token_ids) for s in chunks),
+                context_tokens=sum(s.start for s in chunks),
+                batch=len(steps),
+                kv_tokens=sum(s.end for s in steps),
+                seconds=seconds,
+            )
+        )
+
+    def take(self) -> tuple[PassSample, ...]:
+        taken = tuple(self._passes)
+        self._passes.clear()
+        return taken
+
+
+def with_cache_room(report: LoadReport, cache: KvCache) -> LoadReport:
+    """The report, completed with what the cache says of its tiers. (The block store measures transfers.)"""
+    device = cache.counts(Tier.DEVICE)
+    return replace(
+        report,
+        free_device_blocks=device["free"],
+        evictable_device_blocks=cache.available(Tier.DEVICE) - device["free"],
+        free_dram_blocks=cache.counts(Tier.DRAM)["free"],
+    )

@@ -1,0 +1,136 @@
+"""Pure: one attempt's tokens, block names and block table, under one account: `num_computed_tokens`.
+
+Chunked prefill, prefix hits, pulled blocks, resumption and decoding are one case: the first `num_computed_tokens`
+positions have their KV in the table, and the next slice starts there.
+"""
+
+from __future__ import annotations
+
+from core.messages import AttemptStats, PrefillCommand, ReserveCommand, Token, TokenLogprob
+from engine.protocol import Sampled, Slice
+from halfmoon.blocks import BlockChain
+from halfmoon.types import BlockHash, FinishReason
+from kv_store.values import Want
+
+
+class SequenceState:
+    """The growing token sequence of one attempt on this node.
+
+    Attributes:
+        num_computed_tokens: positions whose KV lies in `slots` (right, though perhaps not committed yet).
+        slots: DEVICE slots, one per block, in order; changed only while the attempt is in no pass.
+    """
+
+    def __init__(self, command: PrefillCommand | ReserveCommand, root: BlockHash, block_size: int) -> None:
+        assert len(command.token_ids) >= max(1, command.num_prompt_tokens), "the front end refuses empty prompts"
+        self.attempt_id = command.attempt_id
+        self.sampling = command.sampling
+        self.num_prompt_tokens = command.num_prompt_tokens
+        self.num_given_tokens = len(command.token_ids)
+        self.block_size = block_size
+        self.num_computed_tokens = 0
+        self.slots: list[int] = []
+        self._tokens = list(command.token_ids)
+        self._chain = BlockChain(root, block_size, salt=command.cache_salt, public_tokens=command.public_tokens)
+        self._chain.extend(command.token_ids)
+
+    @property
+    def names(self) -> list[BlockHash]:
+        """Names of all blocks whose tokens are known; borrowed, not to be modified."""
+        return self._chain.hashes
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens of the whole request so far, over all its attempts."""
+        return len(self._tokens) - self.num_prompt_tokens
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens whose KV is still to be computed."""
+        return len(self._tokens) - self.num_computed_tokens
+
+    @property
+    def num_full_given(self) -> int:
+        """Full blocks of the given tokens."""
+        return self.num_given_tokens // self.block_size
+
+    @property
+    def tail_tokens(self) -> int:
+        """Given tokens in the partial last block; 0: there is none."""
+        return self.num_given_tokens % self.block_size
+
+    @property
+    def reusable_blocks(self) -> int:
+        """Prefix blocks that need not be computed for prefill: the last token always is, to be sampled after."""
+        return (self.num_given_tokens - 1) // self.block_size
+
+    @property
+    def needs_slot(self) -> bool:
+        """The next position to compute has no slot yet."""
+        return self.num_computed_tokens >= len(self.slots) * self.block_size
+
+    def blocks(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def blocks_max(self) -> int:
+        """Blocks of the longest output allowed. The last token's KV is never needed."""
+        return self.blocks(max(self.num_given_tokens, self.num_prompt_tokens + self.sampling.max_tokens - 1))
+
+    def want(self, index: int) -> Want:
+        """What to ask a peer for, to fill the block `index` of the given tokens: by name, or the partial tail."""
+        full = index < self.num_full_given
+        return Want(
+            index=index,
+            block_hash=self.names[index] if full else None,
+            num_tokens=self.block_size if full else self.tail_tokens,
+            slot=self.slots[index],
+        )
+
+    def next_slice(self, num_tokens: int) -> Slice:
+        """The next `num_tokens` positions, sampled after if they are the last known ones."""
+        start = self.num_computed_tokens
+        end = start + num_tokens
+        assert start < end <= len(self._tokens)
+        assert self.blocks(end) <= len(self.slots), "a position without a slot"
+        return Slice(
+            token_ids=tuple(self._tokens[start:end]),
+            start=start,
+            slots=tuple(self.slots),
+            sampling=self.sampling if end == len(self._tokens) else None,
+        )
+
+    def advance(self, num_tokens: int) -> range:
+        """Book `num_tokens` more computed positions; return the indices of the blocks that they filled."""
+        first = self.num_computed_tokens // self.block_size
+        self.num_computed_tokens += num_tokens
+        assert self.num_computed_tokens <= len(self._tokens)
+        return range(first, self.num_computed_tokens // self.block_size)
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Append an output token; say whether, and why, it is the last one."""
+        self._tokens.append(token_id)
+        self._chain.extend((token_id,))
+        if token_id in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.num_output_tokens >= self.sampling.max_tokens else None
+
+
+def token_of(
+    sequence: SequenceState, sampled: Sampled, finish_reason: FinishReason | None, stats: AttemptStats | None
+) -> Token:
+    """The sequence's last token, which has just been appended from `sampled`."""
+    return Token(
+        attempt_id=sequence.attempt_id,
+        index=sequence.num_output_tokens - 1,
+        token_id=sampled.token_id,
+        logprob=sampled.logprob,
+        top_logprobs=tuple(TokenLogprob(token_id=t, logprob=p) for t, p in sampled.top),
+        finish_reason=finish_reason,
+        stats=stats,
+    )

@@ -15,6 +15,7 @@ HalfmoonError
 │   ├── TransferTimeout   the transfer's deadline passed
 │   ├── IntegrityError    bytes that are not what their name says (checksum, length, generation)
 │   └── TransferAborted   one side ended it
+├── StaleTerm             a conductor, or its front end, that a later one has superseded
 └── Conflict              a second owner of something that has one (directory, lease, port)
 """
 
@@ -130,6 +131,10 @@ class IntegrityError(TransferError):
 
 class TransferAborted(TransferError):
     pass
+
+
+class StaleTerm(HalfmoonError):
+    status = StatusCode.FAILED_PRECONDITION
 
 
 class Conflict(HalfmoonError):

@@ -20,18 +20,21 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, NoReturn
 
 import uvloop
 
-from halfmoon.errors import HalfmoonError
+from halfmoon.errors import CheckpointError, ConfigError, Conflict, NotFound, Unavailable
 
 log = logging.getLogger("service.run")
 
 EXIT_OK, EXIT_FAULT, EXIT_REFUSED, EXIT_DRAIN_TIMEOUT, EXIT_HARD = 0, 1, 2, 3, 130
 DRAIN_S_MAX = 60.0  # a supervisor's patience; longer drains say so by argument
+EXIT_S_MAX = 10.0  # from main's end to the process's: a thread that is stuck in a device must not keep it
+REFUSALS = (ConfigError, Conflict, CheckpointError, NotFound, Unavailable)  # the operator's to mend, not a bug
 DUMP_TASKS_MAX = 500  # a dump must end, and be readable, in a process with 100,000 waiting requests
 
 
@@ -100,8 +103,8 @@ class Stop:
             task.cancel()
 
 
-class EssentialTaskEnded(HalfmoonError):
-    """A task without which the process is useless has returned."""
+class EssentialTaskEnded(RuntimeError):
+    """A task without which the process is useless has returned: a bug."""
 
 
 def run(main: Callable[[Stop], Awaitable[None]], *, drain_s_max: float = DRAIN_S_MAX) -> NoReturn:
@@ -119,8 +122,8 @@ async def _supervised(main: Callable[[Stop], Awaitable[None]], drain_s_max: floa
             _install_signals(stop, drain_s_max)
             group.create_task(_main(main, stop), name="main")
     except Exception as error:
-        return _log_fatal(error)
-    return EXIT_OK
+        return _exit_within(EXIT_S_MAX, _log_fatal(error))
+    return _exit_within(EXIT_S_MAX, EXIT_OK)
 
 
 async def _main(main: Callable[[Stop], Awaitable[None]], stop: Stop) -> None:
@@ -160,6 +163,14 @@ def _drain_timeout(stop: Stop, drain_s_max: float) -> None:
     _exit_now(EXIT_DRAIN_TIMEOUT, f"draining took longer than {drain_s_max:g} s")
 
 
+def _exit_within(seconds: float, code: int) -> int:
+    """Return `code`; if the interpreter has not ended by then (it joins every thread), exit with it all the same."""
+    guard = threading.Timer(seconds, os._exit, (code,))
+    guard.daemon = True
+    guard.start()
+    return code
+
+
 def _exit_now(code: int, why: str) -> NoReturn:
     log.critical("exiting at once: %s", why)
     logging.shutdown()
@@ -168,10 +179,10 @@ def _exit_now(code: int, why: str) -> NoReturn:
 
 def _log_fatal(error: BaseException) -> int:
     leaves = list(_leaves(error))
-    typed = all(isinstance(leaf, HalfmoonError) and not isinstance(leaf, EssentialTaskEnded) for leaf in leaves)
+    refused = all(isinstance(leaf, REFUSALS) for leaf in leaves)
     for leaf in leaves:
-        log.critical("%s: %s", type(leaf).__name__, leaf, exc_info=None if typed else leaf)
-    return EXIT_REFUSED if typed else EXIT_FAULT
+        log.critical("%s: %s", type(leaf).__name__, leaf, exc_info=None if refused else leaf)
+    return EXIT_REFUSED if refused else EXIT_FAULT
 
 
 def _leaves(error: BaseException) -> Iterable[BaseException]:

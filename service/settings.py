@@ -92,7 +92,8 @@ def load(section_class: type[Section], mapping: Mapping[str, Any], *, path: str 
     try:
         return section_class(**values)
     except ConfigError as error:  # its own __post_init__, which does not know where it stands
-        raise ConfigError(key=_join(path, error.key), value=error.value, expected=error.expected) from error
+        key = error.key if error.key.startswith(f"{path}.") else _join(path, error.key)
+        raise ConfigError(key=key, value=error.value, expected=error.expected) from error
     except InvalidRequest as error:  # a value shared with the API says what it would say to a client
         raise ConfigError(key=_join(path, error.field), value=error.value, expected=error.limit) from error
 

@@ -73,6 +73,8 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     """
     if address.startswith("unix:"):
         _require_free_socket(address)
+    else:
+        _require_port(address)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -91,6 +93,13 @@ def _common_options(message_bytes_max: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]
+
+
+def _require_port(address: str) -> None:
+    """gRPC would take port 99999 for 34463."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(key="address", value=address, expected="host:port, the port in [0, 65535], or unix:/path")
 
 
 def _require_free_socket(address: str) -> None:
@@ -121,8 +130,6 @@ def _bind_error(address: str) -> HalfmoonError:
         if error.errno == errno.EADDRINUSE:
             return Conflict(f"address {address} is in use by another process")
         return ConfigError(key="address", value=address, expected=f"an address of this host ({error.strerror})")
-    except (ValueError, OverflowError):
-        pass
     return ConfigError(key="address", value=address, expected="host:port or unix:/path that this process may bind")
 
 

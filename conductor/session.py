@@ -1,0 +1,132 @@
+"""Pure: one open request at the front end: its log, its text, what its client has yet to read, and its one end."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from conductor.effects import RequestSpec
+from conductor.stop_strings import StopMatcher
+from conductor.streams import StreamLog, Verdict
+from core.messages import Token
+from halfmoon.errors import HalfmoonError
+from halfmoon.types import Epoch, FinishReason, NodeId
+from halfmoon.v1 import inference_pb2 as pb
+
+
+class TextDecoder(Protocol):
+    """Token ids to text, one output's worth; never half a character."""
+
+    def push(self, token_id: int) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """The output is complete. `text`: what was held back until now."""
+
+    finish_reason: FinishReason
+    text: str
+
+
+class Session:
+    """One accepted request, from its acceptance to its one terminal event.
+
+    Owns the log and the outbox; holds at most max_tokens + 2 events. `finish` and `fail` are called once between them.
+
+    Args:
+        deadline_at_s: in the front end's clock.
+    """
+
+    def __init__(
+        self, spec: RequestSpec, decoder: TextDecoder, *, arrived_s: float, now_s: float, deadline_at_s: float
+    ) -> None:
+        self.spec = spec
+        self.log = StreamLog()
+        self.outbox: deque[pb.GenerateEvent] = deque()
+        self.arrived_s = arrived_s
+        self.tokenized_s = now_s
+        self.deadline_at_s = deadline_at_s
+        self.first_token_s: float | None = None
+        self.taken_s = now_s  # when the reader last took an event, or found none
+        self.sender: tuple[NodeId, Epoch] | None = None  # who sent the last token that was ahead
+        self.error: HalfmoonError | None = None
+        self.ended_s: float | None = None
+        self._decoder = decoder
+        self._matcher = StopMatcher(spec.sampling.stop)
+        started = pb.Started(request_id=spec.request_id, prompt_token_ids=spec.token_ids)
+        self.outbox.append(pb.GenerateEvent(started=started))
+
+    @property
+    def is_open(self) -> bool:
+        return self.ended_s is None
+
+    def offer(self, token: Token, now_s: float) -> tuple[Verdict, Ending | None]:
+        """Take one token from a worker; what became certain goes to the outbox. Modifies self.
+
+        An Ending says that the output is complete: by the worker's word or by a stop string.
+        """
+        verdict, appended = self.log.offer(token, now_s)
+        for accepted in appended:
+            self.first_token_s = now_s if self.first_token_s is None else self.first_token_s
+            ending = self._show(accepted)
+            if ending is not None:
+                self.log.cut(accepted.index + 1)
+                return verdict, ending
+        return verdict, None
+
+    def finish(self, finished: pb.Finished, now_s: float) -> None:
+        """The terminal event of a complete output. Modifies self."""
+        self._end(now_s)
+        self.outbox.append(pb.GenerateEvent(finished=finished))
+
+    def fail(self, error: HalfmoonError, now_s: float, *, drop: bool = False) -> None:
+        """The terminal event of every other end; raised to the client after what is in the outbox.
+
+        Args:
+            drop: the reader is gone or too slow: forget what it has not read.
+        """
+        self._end(now_s)
+        self.error = error
+        if drop:
+            self.outbox.clear()
+
+    def forget(self, error: HalfmoonError) -> None:
+        """Drop what an ended session's reader has not taken; if it ever reads on it finds `error`. Modifies self."""
+        assert not self.is_open
+        self.outbox.clear()
+        self.error = error
+
+    def _end(self, now_s: float) -> None:
+        assert self.ended_s is None, f"{self.spec.request_id}: a second terminal event"
+        self.ended_s = now_s
+        self.log.close()
+
+    def _show(self, token: Token) -> Ending | None:
+        stopped = token.finish_reason is FinishReason.STOP
+        piece = "" if stopped else self._decoder.push(token.token_id)  # a stop token is counted, not shown
+        text = self._matcher.feed(piece)
+        self.outbox.append(pb.GenerateEvent(token=self._event(token, text)))
+        if self._matcher.matched:
+            return Ending(finish_reason=FinishReason.STOP, text="")
+        return None if token.finish_reason is None else self._last_words(token.finish_reason)
+
+    def _last_words(self, reason: FinishReason) -> Ending:
+        tail = self._matcher.feed(self._decoder.finish())
+        if self._matcher.matched:
+            return Ending(finish_reason=FinishReason.STOP, text=tail)
+        return Ending(finish_reason=reason, text=tail + self._matcher.flush())
+
+    def _event(self, token: Token, text: str) -> pb.TokenEvent:
+        event = pb.TokenEvent(index=token.index, token_id=token.token_id, text=text)
+        if self.spec.sampling.logprobs is not None:
+            event.logprob = token.logprob
+            event.top_logprobs.extend(_alternatives(token))
+        return event
+
+
+def _alternatives(token: Token) -> Sequence[pb.AlternativeToken]:
+    return [pb.AlternativeToken(token_id=t.token_id, logprob=t.logprob) for t in token.top_logprobs]

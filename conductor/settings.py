@@ -1,0 +1,100 @@
+"""Pure: the settings of a conductor process around its machine (whose own are conductor/config.py's).
+
+A file has four sections: `server`, `front_end`, `nodes` (here) and `conductor` (the machine).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from halfmoon.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """The process: what it serves, where it listens, where it meets the others.
+
+    Args:
+        model, dtype, block_size: must be those of the workers; a worker with another fingerprint is not used.
+        address, admin_address: "host:port" (port 0: any) or "unix:/path"; loopback unless said otherwise.
+        metrics_address: "host:port" of the Prometheus page; empty: none.
+        registry: URL of the Redis or Valkey in which nodes and conductors meet.
+        cluster: names the registry's keys.
+        conductor_id: empty: made up from host and process.
+        tick_s: how often deadlines are looked at.
+        drain_s: how long running requests may go on after SIGTERM.
+        canary_timeout_s: a canary request that takes longer has failed.
+    """
+
+    model: str = "smollm2-135m-instruct"
+    dtype: str = "bfloat16"
+    block_size: int = 16
+    address: str = "127.0.0.1:50051"
+    admin_address: str = "127.0.0.1:50052"
+    metrics_address: str = ""
+    registry: str = "redis://127.0.0.1:6379/0"
+    cluster: str = "default"
+    conductor_id: str = ""
+    log_level: str = "info"
+    tick_s: float = 0.05
+    drain_s: float = 30.0
+    canary_timeout_s: float = 30.0
+    canary_interval_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive("server", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontEndConfig:
+    """Limits on what clients can make grow.
+
+    Args:
+        streams_max: requests open at once, those being tokenised included; more are rejected.
+        unread_events_max: events that a slow reader may leave waiting before its request is cancelled.
+        reader_stall_s: how long a reader with events waiting may take none.
+        hole_s: how long a missing token is waited for before its attempt counts as lost.
+        timeout_s_default, timeout_s_max: of requests without a deadline / the longest one kept.
+        tokenizer_threads: beside the loop; tokenising a long prompt takes milliseconds.
+    """
+
+    streams_max: int = 4096
+    unread_events_max: int = 4096
+    reader_stall_s: float = 30.0
+    hole_s: float = 2.0
+    timeout_s_default: float = 600.0
+    timeout_s_max: float = 3600.0
+    tokenizer_threads: int = 1
+
+    def __post_init__(self) -> None:
+        _check_positive("front_end", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodesConfig:
+    """How workers are dialled and watched.
+
+    Args:
+        node_silence_s: without a load report for so long, a node is lost (its stream may still look alive).
+        attach_s: for connecting, attaching and the first snapshot.
+        backoff_s, backoff_s_max: pause before dialling again, doubled each time.
+        commands_max: commands waiting for one node's stream; a node that lets so many wait is lost.
+    """
+
+    node_silence_s: float = 2.0
+    attach_s: float = 5.0
+    backoff_s: float = 0.1
+    backoff_s_max: float = 1.0
+    commands_max: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_positive("nodes", self)
+
+
+def _check_positive(section: str, config: Any) -> None:
+    for spec in fields(config):
+        value = getattr(config, spec.name)
+        if isinstance(value, int | float) and not (math.isfinite(value) and value > 0):
+            raise ConfigError(key=f"{section}.{spec.name}", value=value, expected="a finite number above 0")

@@ -7,6 +7,7 @@ Every accepted attempt ends in exactly one report, or (a prefill that was handed
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ class Attempts(Generic[A]):
         self._attempts_max = attempts_max
         self._numbers = numbers
         self._live: dict[AttemptId, A] = {}
+        self._by_urgency: list[A] = []  # the same ones; at most attempts_max, so that insertion is cheap
         self._outbox: list[Effect] = []
         self._pulls: dict[TransferId, PullSpec] = {}
         self._arrivals = 0
@@ -154,7 +156,12 @@ class Attempts(Generic[A]):
 
     def live(self) -> list[A]:
         """Those not ending, most urgent first."""
-        return sorted((a for a in self._live.values() if not a.ending), key=lambda a: a.urgency)
+        return [a for a in self._by_urgency if not a.ending]
+
+    @property
+    def num_ending(self) -> int:
+        """Those whose slots are released soon: when a pass, a pull or a peer has ended."""
+        return sum(a.ending for a in self._by_urgency)
 
     def ids(self) -> tuple[AttemptId, ...]:
         return tuple(self._live)
@@ -194,11 +201,13 @@ class Attempts(Generic[A]):
         self._arrivals += 1
         attempt.order = self._arrivals
         self._live[attempt.attempt_id] = attempt
+        insort(self._by_urgency, attempt, key=lambda a: a.urgency)
         self._numbers.note(attempt.attempt_id)
 
     def forget(self, attempt: A) -> None:
         """Drop the attempt and leave its table, if any, to another owner."""
         del self._live[attempt.attempt_id]
+        self._by_urgency.remove(attempt)
 
     def send_back(self, attempt: A, reason: RefusalReason) -> None:
         """Refuse an attempt that was added, but holds nothing yet: as if it had never come."""

@@ -82,6 +82,11 @@ class SequenceState:
         """Blocks of the longest output allowed. The last token's KV is never needed."""
         return self.blocks(max(self.num_given_tokens, self.num_prompt_tokens + self.sampling.max_tokens - 1))
 
+    @property
+    def blocks_joining(self) -> int:
+        """Blocks to hold for decoding: the given tokens and the one after them, unless that one ends the output."""
+        return min(self.blocks(self.num_given_tokens + 1), self.blocks_max)
+
     def want(self, index: int) -> Want:
         """What to ask a peer for, to fill the block `index` of the given tokens: by name, or the partial tail."""
         full = index < self.num_full_given

@@ -102,7 +102,7 @@ class PrefillMachine:
             self._attempts.cancel(command.attempt_id, command.reason, now_s)
         else:
             self._attempts.num_ignored += 1
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     def _on_prefill(self, command: PrefillCommand, now_s: float) -> None:
         reason = self._attempts.refusal(command.attempt_id)
@@ -180,14 +180,14 @@ class PrefillMachine:
                 index = attempt.num_blocks_known
                 self._cache.commit(attempt.attempt_id, index, attempt.sequence.names[index], now_s)
                 attempt.num_blocks_known += 1
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     def on_pull_ended(self, ended: PullEnded, now_s: float) -> list[Effect]:
         """Whatever is missing is computed: a fetch never fails an attempt."""
         attempt = self._attempts.pull_ended(ended, now_s)
         if attempt is not None:
             self._compute_if_all_here(attempt, now_s)
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     def on_moved(self, moves: Sequence[Move], now_s: float) -> list[Effect]:
         self._cache.on_moved(moves, now_s)
@@ -197,7 +197,7 @@ class PrefillMachine:
         """As `on_moved`, when the cache knows already (the two machines of a coupled worker share one)."""
         for attempt in self._attempts.loaded(moves):
             self._compute_if_all_here(attempt, now_s)
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     # ---- the end of a hand-over ----
 
@@ -205,15 +205,15 @@ class PrefillMachine:
         attempt = self._attempts.get(attempt_id)
         if attempt is not None and attempt.held:
             self._attempts.release(attempt, now_s)
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     def on_withdrawn(self, attempt_id: AttemptId, now_s: float) -> list[Effect]:
         self._attempts.withdrawn(attempt_id, now_s)
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     def on_tick(self, now_s: float) -> list[Effect]:
         self._attempts.expire(now_s)
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     # ---- passes ----
 
@@ -243,12 +243,12 @@ class PrefillMachine:
         for attempt, part, sampled in zip(attempts, done.slices, results, strict=True):
             if attempt is not None:
                 self._account_chunk(attempt, len(part.token_ids), sampled, now_s)
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     def on_pass_failed(self, failed: Pass, message: str, now_s: float) -> list[Effect]:
         self._pass_is_over(failed)
         self._attempts.pass_failed(failed, message, now_s)
-        return self._effects(now_s)
+        return self.effects(now_s)
 
     def _pass_is_over(self, over: Pass) -> None:
         assert over is self._pass, "only the pass that was decided comes back"
@@ -321,7 +321,7 @@ class PrefillMachine:
     def attempts(self) -> tuple[AttemptId, ...]:
         return self._attempts.ids()
 
-    def _effects(self, now_s: float) -> list[Effect]:
-        """What was decided, after using whatever room this event has made."""
+    def effects(self, now_s: float) -> list[Effect]:
+        """What was decided, after using whatever room the last event has made."""
         self._open_queued(now_s)
         return self._attempts.take_effects()

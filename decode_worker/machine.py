@@ -1,0 +1,333 @@
+"""Pure: the decode worker's machine: reserve, pull, join, decode, park and resume, finish.
+
+A sequence joins when three things have come, in any order: all its blocks (pulled or found here), their bytes (loaded
+from DRAM), and its first token (StartCommand). Prompt tokens are never computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.messages import (
+    AttemptFinished,
+    CancelCommand,
+    Command,
+    DecodeJoined,
+    LoadReport,
+    RefusalReason,
+    ReserveCommand,
+    Reserved,
+    StartCommand,
+)
+from decode_worker.attempt import DecodeAttempt, Phase
+from decode_worker.batcher import next_batch
+from decode_worker.room import Admission, Room
+from engine.protocol import Sampled
+from halfmoon.types import AttemptId, BlockHash, FinishReason, NodeId, Tier, TransferId
+from kv_store.tiers import KvCache
+from kv_store.values import Move, PullEnded
+from node.attempts import Attempt, AttemptNumbers, Attempts, due_s, kind_of, require
+from node.effects import Effect, Emit, Pass
+from node.measures import Samples, with_cache_room
+from node.sequence import SequenceState, token_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """Settings of a decode worker.
+
+    Args:
+        sequences_max: sequences in one step.
+        attempts_max: reserved, pulling, running and parked ones; beyond it reservations are refused with NO_ROOM.
+        reserve_wait_s: how long a reservation may wait for evictions before it is refused.
+
+    Raises:
+        ConfigError: when built with a value out of range.
+    """
+
+    sequences_max: int = 64
+    attempts_max: int = 256
+    reserve_wait_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("sequences_max", "attempts_max"):
+            require(getattr(self, name) >= 1, f"decode.{name}", getattr(self, name), "at least 1")
+        require(self.reserve_wait_s >= 0, "decode.reserve_wait_s", self.reserve_wait_s, "0 seconds or more")
+
+
+class DecodeMachine:
+    """A WorkerMachine (node/effects.py) that decodes.
+
+    Args:
+        root: parent of every first block's name.
+        numbers: shared with the other machine of a coupled worker.
+    """
+
+    def __init__(
+        self,
+        *,
+        node_id: NodeId,
+        cache: KvCache,
+        root: BlockHash,
+        block_size: int,
+        config: DecodeConfig,
+        numbers: AttemptNumbers | None = None,
+    ) -> None:
+        self.config = config
+        self.samples = Samples()
+        self._node_id = node_id
+        self._cache = cache
+        self._root = root
+        self._block_size = block_size
+        self._blocks_total = sum(cache.counts(Tier.DEVICE).values())
+        self._attempts: Attempts[DecodeAttempt] = Attempts(
+            cache, node_id=node_id, attempts_max=config.attempts_max, numbers=numbers or AttemptNumbers()
+        )
+        self._room = Room(cache, self._attempts)
+        self._pass: Pass | None = None
+
+    # ---- commands ----
+
+    def on_command(self, command: Command, now_s: float) -> list[Effect]:
+        if isinstance(command, ReserveCommand):
+            self._on_reserve(command, now_s)
+        elif isinstance(command, StartCommand):
+            self._on_start(command, now_s)
+        elif isinstance(command, CancelCommand):
+            self._attempts.cancel(command.attempt_id, command.reason, now_s)
+        else:
+            self._attempts.num_ignored += 1
+        return self.effects(now_s)
+
+    def _on_reserve(self, command: ReserveCommand, now_s: float) -> None:
+        reason = self._attempts.refusal(command.attempt_id)
+        if reason is not None:
+            self._attempts.refuse(command.attempt_id, reason)
+            return
+        attempt = DecodeAttempt(
+            sequence=SequenceState(command, self._root, self._block_size),
+            front_end=command.front_end,
+            received_s=now_s,
+            deadline_at_s=now_s + command.deadline_s,
+            due_s=due_s(now_s, command.deadline_s, command.priority),
+            phase=Phase.WAITING,
+            wait_until_s=now_s + self.config.reserve_wait_s,
+            source=command,
+        )
+        if attempt.sequence.blocks_max > self._blocks_total:
+            self._attempts.refuse(command.attempt_id, RefusalReason.TOO_LONG)
+        else:
+            self._attempts.add(attempt)
+
+    def _on_start(self, command: StartCommand, now_s: float) -> None:
+        attempt = self._attempts.get(command.attempt_id)
+        if attempt is None or attempt.joined or attempt.first_token_id is not None:
+            self._attempts.num_ignored += 1
+            return
+        attempt.first_token_id = command.first_token_id
+        self._join_if_complete(attempt, now_s)
+
+    # ---- reserving ----
+
+    def _admit_waiting(self, now_s: float) -> None:
+        """Let reservations in, in order of urgency; refuse those that find no room, or waited too long for it."""
+        admission = Admission.OPENED
+        for attempt in [a for a in self._attempts.live() if a.phase is Phase.WAITING]:
+            if admission is not Admission.SOON:  # nobody overtakes one that waits for evictions
+                admission = self._room.admit(attempt, now_s)
+            if admission is Admission.OPENED:
+                self._begin_pull(attempt, now_s)
+            elif admission is Admission.NO_ROOM or now_s >= attempt.wait_until_s:
+                self._attempts.send_back(attempt, RefusalReason.NO_ROOM)
+
+    def _begin_pull(self, attempt: DecodeAttempt, now_s: float) -> None:
+        """Ask for every block that was not found here; the source grants them as they become ready."""
+        sequence = attempt.sequence
+        hit_tokens = len(attempt.hits) * self._block_size
+        self._attempts.report(Reserved(attempt_id=attempt.attempt_id, hit_tokens=hit_tokens))
+        missing = range(len(attempt.hits), sequence.blocks(sequence.num_given_tokens))
+        if missing:
+            assert attempt.source is not None
+            attempt.phase = Phase.PULLING
+            wants = [sequence.want(i) for i in missing]
+            left_s = attempt.deadline_at_s - now_s
+            self._attempts.start_pull(attempt, attempt.source, wants, wait=True, deadline_s=left_s)
+        else:
+            self._all_here(attempt, now_s)
+
+    # ---- pulling and joining ----
+
+    def on_pull_arrived(self, transfer_id: TransferId, indices: Sequence[int], now_s: float) -> list[Effect]:
+        """Commit the full blocks: others may use them at once."""
+        attempt = self._attempts.pulling(transfer_id)
+        if attempt is not None:
+            sequence = attempt.sequence
+            attempt.arrived.update(indices)
+            for index in indices:
+                if index < sequence.num_full_given:
+                    self._cache.commit(attempt.attempt_id, index, sequence.names[index], now_s)
+        return self.effects(now_s)
+
+    def on_pull_ended(self, ended: PullEnded, now_s: float) -> list[Effect]:
+        attempt = self._attempts.pull_ended(ended, now_s)
+        if attempt is not None:
+            attempt.pull = ended
+            self._on_own_pull_ended(attempt, ended, now_s)
+        return self.effects(now_s)
+
+    def _on_own_pull_ended(self, attempt: DecodeAttempt, ended: PullEnded, now_s: float) -> None:
+        sequence = attempt.sequence
+        wanted = range(len(attempt.hits), sequence.blocks(sequence.num_given_tokens))
+        missing = [i for i in wanted if i not in attempt.arrived]
+        if missing:
+            why = ended.error or "the source does not hold them"
+            message = f"{len(missing)} of {len(wanted)} blocks did not arrive: {why}"
+            self._attempts.fail(attempt, kind_of(ended.error), message, now_s)
+        else:
+            self._all_here(attempt, now_s)
+
+    def _all_here(self, attempt: DecodeAttempt, now_s: float) -> None:
+        attempt.phase = Phase.HERE
+        attempt.sequence.num_computed_tokens = attempt.sequence.num_given_tokens
+        self._join_if_complete(attempt, now_s)
+
+    def _join_if_complete(self, attempt: DecodeAttempt, now_s: float) -> None:
+        if attempt.joined or attempt.first_token_id is None or not attempt.quiet:
+            return
+        attempt.joined = True
+        self._attempts.report(DecodeJoined(attempt_id=attempt.attempt_id, stats=attempt.stats(self._node_id)))
+        finish_reason = attempt.sequence.append(attempt.first_token_id)
+        if finish_reason is not None:  # the prefill worker has emitted the last token already
+            self._finish(attempt, finish_reason, now_s)
+
+    def adopt(self, prefilled: Attempt, now_s: float) -> None:
+        """Go on with a sequence that was prefilled on this node; its table, open in the cache, is ours from now on."""
+        attempt = DecodeAttempt(
+            sequence=prefilled.sequence,
+            front_end=prefilled.front_end,
+            received_s=now_s,
+            deadline_at_s=prefilled.deadline_at_s,
+            due_s=prefilled.due_s,
+            opened=True,
+            opened_s=now_s,
+            phase=Phase.HERE,
+            joined=True,
+        )
+        self._attempts.add(attempt)
+        self._attempts.report(DecodeJoined(attempt_id=attempt.attempt_id, stats=attempt.stats(self._node_id)))
+
+    # ---- moves, withdrawals, time ----
+
+    def on_moved(self, moves: Sequence[Move], now_s: float) -> list[Effect]:
+        self._cache.on_moved(moves, now_s)
+        return self.after_moves(moves, now_s)
+
+    def after_moves(self, moves: Sequence[Move], now_s: float) -> list[Effect]:
+        """As `on_moved`, when the cache knows already (the two machines of a coupled worker share one)."""
+        for attempt in self._attempts.loaded(moves):
+            self._join_if_complete(attempt, now_s)
+        return self.effects(now_s)
+
+    def on_handed_over(self, attempt_id: AttemptId, now_s: float) -> list[Effect]:
+        """Nothing is handed over from here."""
+        return self.effects(now_s)
+
+    def on_withdrawn(self, attempt_id: AttemptId, now_s: float) -> list[Effect]:
+        """Nothing is withdrawn here."""
+        return self.effects(now_s)
+
+    def on_tick(self, now_s: float) -> list[Effect]:
+        self._attempts.expire(now_s)
+        return self.effects(now_s)
+
+    # ---- steps ----
+
+    def decide(self, now_s: float) -> Pass | None:
+        """The next step: one token of each sequence. May grow tables, and preempt for it."""
+        assert self._pass is None, "one pass at a time"
+        self._room.rescue(now_s)
+        batch = next_batch(
+            self._attempts.live(),
+            sequences_max=self.config.sequences_max,
+            grow=lambda attempt: self._room.grow(attempt, now_s),
+        )
+        if not batch:
+            return None
+        self._attempts.enter_pass(batch)
+        self._pass = Pass(
+            attempts=tuple(a.attempt_id for a in batch), slices=tuple(a.sequence.next_slice(1) for a in batch)
+        )
+        return self._pass
+
+    def account(self, done: Pass, results: Sequence[Sampled | None], seconds: float, now_s: float) -> list[Effect]:
+        self.samples.add_pass(prefill=(), decode=done.slices, seconds=seconds)
+        self._pass_is_over(done)
+        attempts = self._attempts.leave_pass(done, seconds, now_s)
+        for attempt, sampled in zip(attempts, results, strict=True):
+            assert sampled is not None, "every slice of a step samples"
+            if attempt is not None:
+                self._account_token(attempt, sampled, now_s)
+        return self.effects(now_s)
+
+    def on_pass_failed(self, failed: Pass, message: str, now_s: float) -> list[Effect]:
+        self._pass_is_over(failed)
+        self._attempts.pass_failed(failed, message, now_s)
+        return self.effects(now_s)
+
+    def _pass_is_over(self, over: Pass) -> None:
+        assert over is self._pass, "only the pass that was decided comes back"
+        self._pass = None
+
+    def _account_token(self, attempt: DecodeAttempt, sampled: Sampled, now_s: float) -> None:
+        sequence = attempt.sequence
+        attempt.computed_tokens += 1
+        for index in sequence.advance(1):
+            self._cache.commit(attempt.attempt_id, index, sequence.names[index], now_s)
+        finish_reason = sequence.append(sampled.token_id)
+        stats = attempt.stats(self._node_id) if finish_reason else None
+        token = token_of(sequence, sampled, finish_reason, stats)
+        self._attempts.emit(Emit(front_end=attempt.front_end, token=token))
+        if finish_reason is not None:
+            self._finish(attempt, finish_reason, now_s)
+
+    def _finish(self, attempt: DecodeAttempt, finish_reason: FinishReason, now_s: float) -> None:
+        self._attempts.report(
+            AttemptFinished(
+                attempt_id=attempt.attempt_id,
+                finish_reason=finish_reason,
+                num_output_tokens=attempt.sequence.num_output_tokens,
+                stats=attempt.stats(self._node_id),
+            )
+        )
+        self._attempts.release(attempt, now_s)
+
+    # ---- the rest ----
+
+    def spare_slots(self) -> int:
+        """DEVICE slots that whoever shares the cache should leave to the sequences here."""
+        return self._room.spare()
+
+    def drain(self) -> None:
+        self._attempts.draining = True
+
+    def load(self) -> LoadReport:
+        joined = [a for a in self._attempts.live() if a.joined]
+        report = LoadReport(
+            queued_attempts=sum(a.phase is Phase.WAITING for a in self._attempts.live()),
+            running_sequences=len(joined),
+            kv_tokens=sum(a.sequence.num_computed_tokens for a in joined),
+            draining=self._attempts.draining,
+            passes=self.samples.take(),
+        )
+        return with_cache_room(report, self._cache)
+
+    def attempts(self) -> tuple[AttemptId, ...]:
+        return self._attempts.ids()
+
+    def effects(self, now_s: float) -> list[Effect]:
+        """What was decided, after using whatever room the last event has made: for the preempted first."""
+        for attempt in self._room.resume(now_s):
+            self._join_if_complete(attempt, now_s)
+        self._admit_waiting(now_s)
+        return self._attempts.take_effects()

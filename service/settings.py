@@ -47,6 +47,12 @@ def operators_choice() -> str:
     return os.environ.get("HALFMOON_OPERATORS", "")
 
 
+def export(**values: str) -> None:
+    """Set variables for libraries that read them when they load (OpenMP), unless the operator has set them."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
 def gather(
     path: Path | str | None = None,
     *,

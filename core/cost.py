@@ -81,7 +81,7 @@ class CostPrior:
 
     def __post_init__(self) -> None:
         for value in (*self.prefill, *self.decode, *self.transfer):
-            assert math.isfinite(value) and value > 0.0, f"a cost prior must be finite and above zero: {self}"
+            assert 0.0 < value < math.inf, f"a cost prior must be finite and above zero: {self}"
 
 
 class LinearFit:

@@ -1,0 +1,82 @@
+"""Pure: the conductor machine's settings, with the reason for each limit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+from conductor.effects import Slo
+from core.cost import CostPrior
+from halfmoon.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConductorConfig:
+    """Durations in seconds. Checked when built.
+
+    Raises:
+        ConfigError: naming the key, the value and what was expected.
+    """
+
+    # ---- trying ----
+    attempts_max: int = 4
+    """Tries of one request that began work, over all failures."""
+    refusals_max: int = 16
+    """Refusals by prefill workers before a request is given up: they cost a round trip, no compute."""
+    decode_tries_max: int = 8
+    """Decode workers asked for room during one attempt."""
+    retry_s: float = 0.1
+    """Pause before asking again when every candidate has refused."""
+
+    # ---- waiting: every phase is bounded ----
+    unavailable_grace_s: float = 15.0
+    """How long a request is held while a pool is empty because its last worker is restarting."""
+    resume_wait_s: float = 5.0
+    """For the front end's log after an attempt was lost."""
+    reserve_wait_s: float = 10.0
+    """For a decode worker's Reserved or Refused."""
+    phase_wait_s: float = 60.0
+    """For prefill or for joining the decode batch, beyond `phase_factor` times what was predicted."""
+    phase_factor: float = 10.0
+    closed_wait_s: float = 10.0
+    """For Closed after CancelCommand; a missing one is counted."""
+    finish_grace_s: float = 0.25
+    """For the worker's own AttemptFinished after the front end has the last token, before it is cancelled."""
+    snapshot_wait_s: float = 2.0
+    """For a Snapshot asked for; then asked again, and the node's index is called degraded."""
+
+    # ---- workers ----
+    suspect_s: float = 1.5
+    """Several of the workers' report intervals. Silence after which nothing new is placed on a worker."""
+    silent_s: float = 10.0
+    """Silence after which its attempts are restarted elsewhere."""
+    slow_start_s: float = 10.0
+    """How long a new worker is young: its assignments are capped, rising from `young_attempts` without a cliff."""
+    young_attempts: int = 2
+    nodes_max: int = 1024
+
+    # ---- admission ----
+    requests_max: int = 4096
+    """Requests placed or held at once; further ones are rejected (queue_full): memory and waiting are bounded."""
+    slo: Slo = field(default_factory=lambda: Slo(ttft_s=30.0, tbt_s=0.2))
+    """What loads are measured by, and admission when `enforce_default_slo`, for requests that bring no SLO."""
+    enforce_default_slo: bool = False
+
+    # ---- records ----
+    records_max: int = 1024
+    record_candidates_max: int = 32
+    """Best candidates kept in a record; their number is kept always."""
+
+    prior: CostPrior = field(default_factory=CostPrior)
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" and value < 1:
+                raise ConfigError(key=f"conductor.{f.name}", value=value, expected="at least 1")
+            if f.type == "float" and not (math.isfinite(value) and value > 0.0):
+                raise ConfigError(key=f"conductor.{f.name}", value=value, expected="a finite number above 0")
+        if self.silent_s <= self.suspect_s:
+            raise ConfigError(
+                key="conductor.silent_s", value=self.silent_s, expected=f"above suspect_s={self.suspect_s}"
+            )

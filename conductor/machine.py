@@ -1,0 +1,408 @@
+"""Pure: the conductor's machine: what front ends and workers say goes in, commands and terminal events come out.
+
+It is the only place that books load. It never raises on anything that a peer or a client can send: what is stale,
+unknown or repeated is dropped and counted. Every wait of a request is a timer; `on_tick` ends those that are over.
+
+    place -> Begin, Reserve, Prefill -> PrefillDone -> Start -> DecodeJoined -> AttemptFinished -> on_stream_finished
+    lost at any step -> Cancel at the others, Resume -> on_resume -> the next attempt
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from conductor.admission import Admission
+from conductor.attempts import Attempt, Leg, Phase, Request, Timer
+from conductor.config import ConductorConfig
+from conductor.decisions import DecisionRecord
+from conductor.desk import Desk, Layout
+from conductor.effects import Effect, RequestSpec, RequestSummary
+from conductor.membership import Membership
+from conductor.placing import Placer
+from conductor.policy import LeastTtft, PlacementPolicy
+from conductor.status import ConductorStatus, status_of
+from conductor.view import Worker
+from core.messages import (
+    AttemptFailed,
+    AttemptFinished,
+    Closed,
+    DecodeJoined,
+    KvEvents,
+    LoadReport,
+    NodeInfo,
+    PrefillDone,
+    RefusalReason,
+    Refused,
+    Reserved,
+    Snapshot,
+    WorkerEvent,
+)
+from halfmoon.blocks import Fingerprint
+from halfmoon.errors import DeadlineExceeded, Failed, Unavailable
+from halfmoon.types import Epoch, NodeId, Outcome, RequestId
+
+AttemptEvent = Reserved | Refused | PrefillDone | DecodeJoined | AttemptFinished | AttemptFailed
+
+
+class ConductorMachine:
+    """One owner, one caller at a time. `now_s` is monotonic and never goes back between calls.
+
+    Args:
+        fingerprint: of the model served; None: workers' models are not compared.
+        policy: how requests are placed.
+        admission: whether they are taken on.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ConductorConfig,
+        layout: Layout,
+        conductor_id: str,
+        fingerprint: Fingerprint | None = None,
+        policy: PlacementPolicy | None = None,
+        admission: Admission | None = None,
+    ) -> None:
+        self.conductor_id = conductor_id
+        self._now_s = 0.0
+        self._desk = Desk(config, layout, policy or LeastTtft(), admission or Admission())
+        self._placer = Placer(self._desk)
+        self._membership = Membership(self._desk, fingerprint, self._place_held)
+
+    # ---- from the front end ----
+
+    def on_request(self, spec: RequestSpec, now_s: float) -> list[Effect]:
+        """A new request. Its id must not be that of an open one: such a second one is dropped and counted."""
+        desk = self._desk
+        if spec.request_id in desk.requests:
+            desk.counters["duplicate_requests"] += 1
+            return self._took(now_s)
+        record = desk.decisions.open(spec, desk.policy.name)
+        request = desk.requests[spec.request_id] = Request(spec=spec, arrived_s=now_s, record=record)
+        request.timers[Timer.DEADLINE] = now_s + spec.deadline_s
+        desk.counters["requests"] += 1
+        self._placer.admit(request, now_s)
+        return self._took(now_s)
+
+    def on_resume(self, request_id: RequestId, emitted_token_ids: Sequence[int], now_s: float) -> list[Effect]:
+        """The answer to Resume: every token in the front end's log, from the first."""
+        request = self._desk.requests.get(request_id)
+        if request is None or request.phase is not Phase.RESUMING:
+            self._desk.counters["stale_resumes"] += 1
+            return self._took(now_s)
+        request.emitted = tuple(emitted_token_ids)
+        if _complete(request):
+            request.set_phase(Phase.FINISHING)
+        else:
+            self._placer.place(request, now_s)
+        return self._took(now_s)
+
+    def on_cancel(self, request_id: RequestId, reason: str, now_s: float) -> list[Effect]:
+        """The front end has ended the request: client gone, deadline, or somebody's word."""
+        request = self._desk.requests.get(request_id)
+        if request is not None:
+            self._desk.forget(request, Outcome.CANCELLED, reason, now_s)
+        return self._took(now_s)
+
+    def on_stream_finished(self, request_id: RequestId, now_s: float, *, stopped: bool = False) -> list[Effect]:
+        """The front end has the last token, or matched a stop string.
+
+        Args:
+            stopped: the workers do not know that the output ends here: they are told at once. Otherwise they are
+                given a moment to say themselves that they have ended.
+        """
+        desk, request = self._desk, self._desk.requests.get(request_id)
+        if request is not None and (request.attempt is None or request.phase is Phase.FINISHING or stopped):
+            desk.forget(request, Outcome.FINISHED, "", now_s)
+        elif request is not None:
+            request.stream_finished = True
+            request.set_phase(request.phase, wind=now_s + desk.config.finish_grace_s)
+        return self._took(now_s)
+
+    def on_tokens_lost(self, node_id: NodeId, epoch: Epoch, now_s: float) -> list[Effect]:
+        """The front end lost a worker's token stream: attempts that may have lost a token there restart.
+
+        Once an attempt decodes, its first token (of the prefill worker) has long been on its way by another stream.
+        """
+        affected = self._desk.running(lambda r, a: not r.stream_finished and _speaks_from(r, a, node_id, epoch))
+        for request, _ in affected:
+            self._desk.lose(request, f"token stream of {node_id} lost", now_s)
+        return self._took(now_s)
+
+    def on_gap(self, request_id: RequestId, reason: str, now_s: float) -> list[Effect]:
+        """The front end misses a token of this request's present attempt, which restarts."""
+        request = self._desk.requests.get(request_id)
+        if request is not None and request.attempt is not None:
+            self._desk.lose(request, reason, now_s)
+        return self._took(now_s)
+
+    # ---- from the cluster ----
+
+    def on_node_joined(self, info: NodeInfo, now_s: float) -> list[Effect]:
+        self._membership.join(info, now_s)
+        return self._took(now_s)
+
+    def on_node_lost(self, node_id: NodeId, epoch: Epoch, reason: str, now_s: float) -> list[Effect]:
+        self._membership.lose(node_id, epoch, reason, now_s)
+        return self._took(now_s)
+
+    def on_drain(self, node_id: NodeId | None, now_s: float) -> list[Effect]:
+        """An operator's word: no new attempts for this node; None: for any."""
+        self._membership.drain(node_id, now_s)
+        return self._took(now_s)
+
+    def on_worker_event(self, node_id: NodeId, epoch: Epoch, event: WorkerEvent, now_s: float) -> list[Effect]:
+        """Anything on a worker's control stream. A snapshot introduces a worker that is not known yet."""
+        worker = self._desk.view.at(node_id, epoch)
+        if (
+            worker is None
+            and isinstance(event, Snapshot)
+            and (event.info.node_id, event.info.epoch) == (node_id, epoch)
+        ):
+            worker = self._membership.join(event.info, now_s)
+        if worker is None:
+            self._desk.counters["stale_epochs"] += 1
+            return self._took(now_s)
+        self._membership.heard(worker, event, now_s)
+        self._on_event(worker, event, now_s)
+        return self._took(now_s)
+
+    def on_tick(self, now_s: float) -> list[Effect]:
+        """End the waits that are over. Called at least every 100 ms."""
+        desk = self._desk
+        self._membership.tick(now_s)
+        for request in list(desk.requests.values()):
+            for timer in request.due(now_s):
+                self._on_timer(request, timer, now_s)
+        for key in [key for key, due_s in desk.closing.items() if due_s <= now_s]:
+            del desk.closing[key]
+            desk.counters["closed_missing"] += 1
+        return self._took(now_s)
+
+    # ---- questions ----
+
+    @property
+    def counters(self) -> Counter[str]:
+        return self._desk.counters
+
+    def summary(self, request_id: RequestId) -> RequestSummary:
+        """Of an open or a recently ended request; with zero attempts if there is no such request."""
+        record = self._desk.decisions.get(request_id)
+        if record is None:
+            return RequestSummary(attempts=0, prefill_node="", decode_node="", stats=(), predicted_ttft_s=None)
+        return record.summary()
+
+    def explain(self, request_id: RequestId) -> DecisionRecord | None:
+        return self._desk.decisions.get(request_id)
+
+    def status(self) -> ConductorStatus:
+        """As of the last call that brought a time."""
+        return status_of(self._desk, self.conductor_id, self._now_s)
+
+    # ---- worker events ----
+
+    def _on_event(self, worker: Worker, event: WorkerEvent, now_s: float) -> None:
+        match event:
+            case LoadReport():
+                self._membership.on_load(worker, event)
+            case KvEvents():
+                self._membership.on_kv_events(worker, event, now_s)
+            case Snapshot():
+                self._membership.on_snapshot(worker, event, now_s)
+            case Closed():
+                self._on_closed(worker, event)
+            case _:
+                self._on_attempt_event(worker, event, now_s)
+
+    def _on_attempt_event(self, worker: Worker, event: AttemptEvent, now_s: float) -> None:
+        """Only a present attempt's open leg is listened to."""
+        desk, key = self._desk, (event.attempt_id, worker.node_id, worker.info.epoch)
+        if isinstance(event, AttemptFinished | AttemptFailed) and desk.closing.pop(key, None) is not None:
+            return  # it ended by itself while our cancel was on its way
+        found = desk.current(event.attempt_id)
+        if found is None:
+            return
+        request, attempt = found
+        leg = attempt.leg_at(worker.node_id, worker.info.epoch)
+        if leg is None or not leg.open:
+            desk.counters["stale_attempts"] += 1
+            return
+        desk.note(request, now_s, _word(event), worker.node_id)
+        match event:
+            case Reserved():
+                self._on_reserved(request, attempt, leg)
+            case Refused():
+                self._on_refused(request, attempt, leg, event, now_s)
+            case PrefillDone():
+                self._on_prefill_done(request, attempt, leg, event, now_s)
+            case DecodeJoined():
+                self._on_decode_joined(request, attempt, leg, event, now_s)
+            case AttemptFinished():
+                self._on_finished(request, attempt, leg, event, now_s)
+            case AttemptFailed():
+                desk.close_leg(attempt, leg, now_s)
+                desk.lose(request, f"{event.kind} at {worker.node_id}: {event.message}", now_s)
+
+    def _on_reserved(self, request: Request, attempt: Attempt, leg: Leg) -> None:
+        if leg is attempt.decode and not attempt.coupled:
+            attempt.reserved = True
+            request.timers.pop(Timer.RESERVE, None)
+            self._placer.start(request, attempt)
+
+    def _on_refused(self, request: Request, attempt: Attempt, leg: Leg, event: Refused, now_s: float) -> None:
+        self._desk.counters[f"refused_{event.reason}"] += 1
+        if leg is attempt.prefill:
+            if attempt.first_token_id is None:
+                self._placer.refused_by_prefill(request, leg, event.reason, now_s)
+        elif event.reason is RefusalReason.DUPLICATE or request.stream_finished:
+            self._desk.close_leg(attempt, leg, now_s)
+            self._desk.lose(request, f"refused by {leg.node_id}: {event.reason}", now_s)
+        else:
+            self._give_up_decode(request, attempt, leg, now_s)
+
+    def _give_up_decode(self, request: Request, attempt: Attempt, leg: Leg, now_s: float) -> None:
+        self._desk.close_leg(attempt, leg, now_s)
+        request.timers.pop(Timer.RESERVE, None)
+        attempt.decode, attempt.reserved, attempt.started = None, False, False
+        attempt.decode_refused |= {leg.node_id}
+        self._placer.seek_decode(request, now_s)
+
+    def _on_prefill_done(self, request: Request, attempt: Attempt, leg: Leg, event: PrefillDone, now_s: float) -> None:
+        desk, record = self._desk, request.record
+        if leg is not attempt.prefill or attempt.first_token_id is not None:
+            desk.counters["stale_attempts"] += 1
+            return
+        attempt.first_token_id = event.first_token_id
+        desk.release_prefill(attempt, now_s)
+        record.keep_stats(request.number, "prefill", event.stats)
+        if record.prefill_done_s is None:
+            record.prefill_done_s = now_s - request.arrived_s
+        if event.finish_reason is not None:
+            desk.close_leg(attempt, leg, now_s)
+            self._ended_well(request, attempt, now_s)
+        elif request.stream_finished:
+            desk.forget(request, Outcome.FINISHED, "", now_s)
+        elif attempt.coupled:
+            self._decodes(request, attempt, leg, now_s)
+        else:
+            wait_s = desk.config.phase_wait_s + desk.config.phase_factor * attempt.predicted_s
+            waits = {t.value: at_s for t, at_s in request.timers.items() if t in (Timer.RESERVE, Timer.SEEK)}
+            request.set_phase(Phase.JOINING, join=now_s + wait_s, **waits)
+            self._placer.start(request, attempt)
+
+    def _on_decode_joined(
+        self, request: Request, attempt: Attempt, leg: Leg, event: DecodeJoined, now_s: float
+    ) -> None:
+        if leg is not attempt.decode or attempt.first_token_id is None:
+            self._desk.counters["stale_attempts"] += 1
+            return
+        request.record.keep_stats(request.number, "decode", event.stats)
+        if not attempt.coupled:
+            self._desk.close_leg(attempt, attempt.prefill, now_s)
+            self._decodes(request, attempt, leg, now_s)
+
+    def _decodes(self, request: Request, attempt: Attempt, leg: Leg, now_s: float) -> None:
+        """The sequence is in the batch: from here on only the request's own deadline bounds it."""
+        worker = self._desk.view.at(leg.node_id, leg.epoch)
+        if worker is not None:
+            worker.join_decode(attempt.attempt_id)
+        attempt.joined_s = now_s
+        if request.record.decode_joined_s is None:
+            request.record.decode_joined_s = now_s - request.arrived_s
+        if not request.stream_finished:
+            request.set_phase(Phase.DECODING)
+
+    def _on_finished(self, request: Request, attempt: Attempt, leg: Leg, event: AttemptFinished, now_s: float) -> None:
+        desk = self._desk
+        if leg is not attempt.decode:
+            desk.counters["stale_attempts"] += 1
+            return
+        request.record.keep_stats(request.number, "decode", event.stats)
+        request.record.output_tokens = event.num_output_tokens
+        desk.output_tokens.see(float(event.num_output_tokens))
+        if attempt.joined_s is not None:
+            desk.decode_s.see(now_s - attempt.joined_s)
+        desk.close_leg(attempt, leg, now_s)
+        self._ended_well(request, attempt, now_s)
+
+    def _ended_well(self, request: Request, attempt: Attempt, now_s: float) -> None:
+        """The last token has left the worker that said so. The other half, if it still runs, is not needed."""
+        for leg in attempt.legs():
+            self._desk.cancel_leg(attempt, leg, "the output is complete", now_s)
+        if request.stream_finished:
+            self._desk.forget(request, Outcome.FINISHED, "", now_s)
+        else:
+            request.set_phase(Phase.FINISHING)
+
+    def _on_closed(self, worker: Worker, event: Closed) -> None:
+        if self._desk.closing.pop((event.attempt_id, worker.node_id, worker.info.epoch), None) is None:
+            self._desk.counters["closed_unawaited"] += 1
+
+    # ---- time ----
+
+    def _on_timer(self, request: Request, timer: Timer, now_s: float) -> None:
+        """One wait is over. An earlier timer of the same tick may have ended the request or changed its phase."""
+        desk = self._desk
+        if desk.requests.get(request.spec.request_id) is not request or timer not in request.due(now_s):
+            return
+        del request.timers[timer]
+        match timer:
+            case Timer.DEADLINE:
+                limit_s = request.spec.deadline_s
+                desk.end(request, Outcome.FAILED, DeadlineExceeded(f"not done within {limit_s:.1f} s"), now_s)
+            case Timer.HOLD:
+                outcome = Outcome.FAILED if request.begun else Outcome.REJECTED
+                desk.end(request, outcome, Unavailable(request.held_why), now_s)
+            case Timer.RETRY:
+                self._placer.place(request, now_s)
+            case Timer.RESUME:
+                desk.end(request, Outcome.FAILED, Failed("the front end did not answer Resume"), now_s)
+            case Timer.PREFILL | Timer.JOIN:
+                desk.lose(request, f"{timer} took too long", now_s)
+            case Timer.RESERVE:
+                self._reserve_unanswered(request, now_s)
+            case Timer.SEEK:
+                self._placer.seek_decode(request, now_s)
+            case Timer.WIND:
+                desk.forget(request, Outcome.FINISHED, "", now_s)
+
+    def _reserve_unanswered(self, request: Request, now_s: float) -> None:
+        attempt = request.attempt
+        assert attempt is not None
+        assert attempt.decode is not None
+        leg = attempt.decode
+        self._desk.cancel_leg(attempt, leg, "no answer to reserve", now_s)
+        self._give_up_decode(request, attempt, leg, now_s)
+
+    def _place_held(self, now_s: float) -> None:
+        """A worker became ready: those who waited for one come first, in their order of arrival."""
+        for request in [r for r in self._desk.requests.values() if r.phase is Phase.HELD]:
+            self._placer.place(request, now_s)
+
+    def _took(self, now_s: float) -> list[Effect]:
+        self._now_s = now_s
+        effects, self._desk.out = self._desk.out, []
+        return effects
+
+
+def _complete(request: Request) -> bool:
+    """Whether the front end's log holds the whole output already."""
+    emitted, sampling = request.emitted, request.spec.sampling
+    return len(emitted) >= sampling.max_tokens or bool(emitted and emitted[-1] in sampling.stop_token_ids)
+
+
+def _speaks_from(request: Request, attempt: Attempt, node_id: NodeId, epoch: Epoch) -> bool:
+    """Whether tokens of this attempt that the front end lacks may have been lost with this worker's stream."""
+    leg = attempt.leg_at(node_id, epoch)
+    if leg is None:
+        return False
+    if leg is attempt.prefill and request.phase in (Phase.PREFILLING, Phase.JOINING):
+        return True
+    first_was_last = request.phase is Phase.FINISHING and attempt.joined_s is None
+    return first_was_last if leg is not attempt.decode else request.phase is not Phase.PREFILLING
+
+
+def _word(event: AttemptEvent) -> str:
+    name = type(event).__name__
+    return f"{name}: {event.reason}" if isinstance(event, Refused) else name

@@ -1,0 +1,265 @@
+"""Pure: from a request to commands: judge, hold, place, book, send; and look for another decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from conductor.admission import Case, Flight, queue_full, refusal
+from conductor.attempts import Attempt, Leg, Phase, Request, Timer, fetches_of, prefill_command, reserve_command
+from conductor.desk import FETCH, PULL, Desk
+from conductor.effects import Slo
+from conductor.policy import Placement, place, place_decode
+from conductor.scoring import DecodeScore, Query, fits_decode, fits_prefill
+from conductor.view import DecodeBook, Worker
+from core.messages import StartCommand
+from halfmoon.errors import InvalidRequest, Rejected, Unavailable
+from halfmoon.types import AttemptId, NodeId, Outcome
+
+SEEK_S_MAX = 2.0
+"""Longest pause between asking decode workers for room again."""
+
+HELD_PER_RETRY = 64
+"""The more requests there are, the more seldom a held one asks again: a tick must stay short. (A worker that becomes
+ready is offered to all of them at once.)"""
+
+
+class Placer:
+    """Begins attempts. Everything it books, the desk releases."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+
+    # ---- a request ----
+
+    def admit(self, request: Request, now_s: float) -> None:
+        """A new request: bounded, possible at all, then placed."""
+        desk = self._desk
+        others = len(desk.requests) - 1
+        if others >= desk.config.requests_max:
+            error = queue_full(others, desk.config.requests_max, desk.decode_s.value or 1.0)
+            desk.end(request, Outcome.REJECTED, error, now_s)
+        elif (impossible := self._never_fits(request)) is not None:
+            desk.end(request, Outcome.REJECTED, impossible, now_s)
+        else:
+            self.place(request, now_s)
+
+    def place(self, request: Request, now_s: float) -> None:
+        """Begin the next attempt now, or hold the request until it can, or end it."""
+        desk = self._desk
+        assert request.attempt is None, "the last attempt is still open"
+        why = desk.view.why_unavailable(now_s)
+        if why:
+            self._hold(request, why, now_s)
+            return
+        query = self._query(request)
+        placement = place(query, desk.view, desk.index, desk.policy, desk.config, now_s)
+        if placement is None:
+            why = f"all workers that could hold {query.num_tokens} tokens have refused or are not ready"
+            self._hold(request, why, now_s, known=True)
+        elif self._judge(request, placement, now_s):
+            self._dispatch(request, query, placement, now_s)
+
+    def refused_by_prefill(self, request: Request, leg: Leg, reason: str, now_s: float) -> None:
+        """Nothing was begun: the same tokens go elsewhere under the next number."""
+        desk = self._desk
+        assert request.attempt is not None
+        desk.close_leg(request.attempt, leg, now_s)
+        desk.close_attempt(request, f"refused by {leg.node_id}: {reason}", now_s)
+        request.refusals += 1
+        request.excluded |= {leg.node_id}
+        request.cause = f"refused by {leg.node_id}: {reason}"
+        if request.stream_finished:
+            desk.forget(request, Outcome.FINISHED, "", now_s)
+        elif request.refusals > desk.config.refusals_max:
+            outcome = Outcome.FAILED if request.failures else Outcome.REJECTED
+            limit = float(desk.config.refusals_max)
+            error = Rejected(reason=f"workers_{reason}", predicted=request.refusals, limit=limit, unit="refusals")
+            desk.end(request, outcome, error, now_s)
+        else:
+            self.place(request, now_s)
+
+    # ---- another decode worker ----
+
+    def seek_decode(self, request: Request, now_s: float) -> None:
+        """The prefill goes on; somebody else must decode. Bounded in tries, with growing pauses."""
+        desk, attempt = self._desk, request.attempt
+        assert attempt is not None
+        assert attempt.decode is None
+        if attempt.decode_tries >= desk.config.decode_tries_max:
+            desk.lose(request, f"no decode worker had room in {attempt.decode_tries} tries", now_s)
+            return
+        query = self._query(request, excluded=attempt.decode_refused)
+        score = place_decode(query, desk.view, desk.index, desk.policy, desk.config, now_s)
+        attempt.decode_tries += 1
+        if score is None:
+            attempt.decode_refused = frozenset()
+            request.timers[Timer.SEEK] = now_s + min(SEEK_S_MAX, desk.config.retry_s * 2.0**attempt.decode_tries)
+            return
+        self._reserve(request, attempt, query, score, now_s)
+
+    def start(self, request: Request, attempt: Attempt) -> None:
+        """Hand the first token to the decode worker, once both it and the room are there."""
+        if attempt.started or attempt.first_token_id is None or not attempt.reserved or attempt.decode is None:
+            return
+        attempt.started = True
+        command = StartCommand(attempt_id=attempt.attempt_id, first_token_id=attempt.first_token_id)
+        self._desk.send(attempt.decode.node_id, attempt.decode.epoch, command)
+
+    # ---- inside ----
+
+    def _query(self, request: Request, excluded: frozenset[NodeId] | None = None) -> Query:
+        desk, spec = self._desk, request.spec
+        num_tokens = len(spec.token_ids) + len(request.emitted)
+        size = desk.layout.block_size
+        usable = (num_tokens - 1) // size  # the last token is always computed: it gives the logits
+        mean = desk.output_tokens.value
+        left = request.tokens_left
+        return Query(
+            num_tokens=num_tokens,
+            hashes=spec.block_hashes if len(spec.block_hashes) <= usable else spec.block_hashes[:usable],
+            tokens_max=len(spec.token_ids) + spec.sampling.max_tokens,
+            output_tokens=left if mean is None else min(left, round(mean)),
+            slo=self._slo(request),
+            block_size=size,
+            block_bytes=desk.layout.block_bytes,
+            excluded=request.excluded if excluded is None else excluded,
+        )
+
+    def _slo(self, request: Request) -> Slo:
+        own, config = request.spec.slo, self._desk.config
+        if not config.enforce_default_slo:
+            return own
+        return Slo(
+            ttft_s=config.slo.ttft_s if own.ttft_s is None else own.ttft_s,
+            tbt_s=config.slo.tbt_s if own.tbt_s is None else own.tbt_s,
+        )
+
+    def _never_fits(self, request: Request) -> InvalidRequest | None:
+        """Whether no worker that is known could ever hold the request. Pools that are absent are not judged."""
+        query, workers = self._query(request), [w for w in self._desk.view if not w.incompatible]
+        if any(w.coupled and fits_decode(query, w) for w in workers):
+            return None
+        size = query.block_size
+        prefills = [w for w in workers if w.prefills]
+        if prefills and not any(fits_prefill(query, w) for w in prefills):
+            return _too_long(request, max(w.info.num_device_blocks for w in prefills) * size)
+        decodes = [w for w in workers if w.decodes]
+        if decodes and not any(fits_decode(query, w) for w in decodes):
+            return _too_long(request, max(w.info.num_device_blocks for w in decodes) * size)
+        return None
+
+    def _hold(self, request: Request, why: str, now_s: float, *, known: bool = False) -> None:
+        """Wait for a worker, if there is reason to believe that one comes (or one refused); else refuse at once."""
+        desk = self._desk
+        request.held_why = why
+        request.excluded = frozenset()
+        hold_s = request.timers.get(Timer.HOLD)
+        if hold_s is None:
+            if not (known or request.number > 0 or desk.view.returning(now_s)):
+                desk.end(request, Outcome.REJECTED, Unavailable(why), now_s)
+                return
+            hold_s = now_s + desk.config.unavailable_grace_s
+            desk.note(request, now_s, f"held: {why}")
+        crowd = 1.0 + len(desk.requests) / HELD_PER_RETRY
+        request.set_phase(Phase.HELD, hold=hold_s, retry=now_s + desk.config.retry_s * crowd)
+
+    def _judge(self, request: Request, placement: Placement, now_s: float) -> bool:
+        """Admission, once per request: what was accepted is not rejected later. False: it has ended."""
+        desk = self._desk
+        if request.number > 0:
+            return True
+        case = Case(
+            slo=self._slo(request),
+            priority=request.spec.priority,
+            placement=placement,
+            view=desk.view,
+            flights=lambda: self._flights(now_s),
+            decode_s=desk.decode_s.value,
+            now_s=now_s,
+        )
+        request.record.verdicts = desk.admission.judge(case)
+        refused = refusal(request.record.verdicts)
+        if refused is not None:
+            at_s = now_s - request.arrived_s
+            request.record.choices.append(desk.decisions.choice(placement, 0, "rejected", at_s))
+            desk.end(request, Outcome.REJECTED, refused.error(), now_s)
+        return refused is None
+
+    def _flights(self, now_s: float) -> Sequence[Flight]:
+        return [
+            Flight(
+                a.decode.node_id,
+                len(r.token_ids),
+                0.0 if a.first_token_id is not None else max(0.0, a.begun_s + a.predicted_s - now_s),
+                0.0 if a.joined_s is None else now_s - a.joined_s,
+            )
+            for r, a in self._desk.running(lambda r, a: a.decode is not None)
+            if a.decode is not None
+        ]
+
+    def _dispatch(self, request: Request, query: Query, placement: Placement, now_s: float) -> None:
+        """Book, then command: the decode worker's room first, so that its pull waits for the prefill."""
+        desk, (prefill, decode) = self._desk, placement.option
+        request.number += 1
+        worker = self._worker(prefill.node_id)
+        leg = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
+        attempt = request.attempt = Attempt(
+            attempt_id=AttemptId(request.spec.request_id, request.number),
+            prefill=leg,
+            decode=leg if placement.option.coupled else None,
+            begun_s=now_s,
+            predicted_s=prefill.ttft_s,
+            fetch_source=prefill.source,
+        )
+        at_s = now_s - request.arrived_s
+        request.record.choices.append(desk.decisions.choice(placement, request.number, request.cause, at_s))
+        wait_s = desk.config.phase_wait_s + desk.config.phase_factor * prefill.ttft_s
+        request.set_phase(Phase.PREFILLING, prefill=now_s + wait_s)
+        worker.book_prefill(attempt.attempt_id, prefill.ttft_s - prefill.queue_s, now_s)
+        desk.begin(attempt.attempt_id)
+        if attempt.coupled:
+            self._book_decode(attempt, query, worker)
+        else:
+            self._reserve(request, attempt, query, decode, now_s)
+            missing = query.blocks(query.num_tokens) - decode.hit_blocks
+            worker.book_sending(attempt.attempt_id, PULL, missing * query.block_bytes)
+        self._command_prefill(request, attempt, placement, worker, now_s)
+
+    def _command_prefill(
+        self, request: Request, attempt: Attempt, placement: Placement, worker: Worker, now_s: float
+    ) -> None:
+        source = self._worker(attempt.fetch_source) if attempt.fetch_source is not None else None
+        fetches = fetches_of(placement.option, source)
+        if source is not None:
+            num_bytes = placement.option.prefill.fetch_blocks * self._desk.layout.block_bytes
+            source.book_sending(attempt.attempt_id, FETCH, num_bytes)
+        command = prefill_command(request, attempt, fetches, now_s)
+        self._desk.send(worker.node_id, worker.info.epoch, command)
+
+    def _reserve(self, request: Request, attempt: Attempt, query: Query, score: DecodeScore, now_s: float) -> None:
+        desk, worker = self._desk, self._worker(score.node_id)
+        attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
+        attempt.reserved = False
+        request.timers[Timer.RESERVE] = now_s + desk.config.reserve_wait_s
+        self._book_decode(attempt, query, worker)
+        desk.note(request, now_s, "reserve", worker.node_id)
+        source = self._worker(attempt.prefill.node_id)
+        desk.send(worker.node_id, worker.info.epoch, reserve_command(request, attempt, source, now_s))
+
+    def _book_decode(self, attempt: Attempt, query: Query, worker: Worker) -> None:
+        expected = min(query.tokens_max, query.num_tokens + query.output_tokens)
+        worker.book_decode(attempt.attempt_id, DecodeBook(query.num_tokens, query.blocks(expected)))
+
+    def _worker(self, node_id: NodeId) -> Worker:
+        worker = self._desk.view.get(node_id)
+        assert worker is not None, f"{node_id} was picked but is not there"
+        return worker
+
+
+def _too_long(request: Request, tokens_max: int) -> InvalidRequest:
+    prompt, wanted = len(request.spec.token_ids), request.spec.sampling.max_tokens
+    if prompt >= tokens_max:
+        return InvalidRequest(field="prompt", value=prompt, limit=f"at most {tokens_max - 1} tokens on any worker")
+    return InvalidRequest(
+        field="max_tokens", value=wanted, limit=f"at most {tokens_max - prompt} after {prompt} prompt tokens"
+    )

@@ -1,0 +1,273 @@
+"""Pure: what the conductor knows of each worker: who it is, how it is, and what is booked on it.
+
+Books are updated at assignment, before any report can show it, and corrected when the work is done; a worker's own
+report is older by a network trip. Everything booked carries its attempt, and is released by taking it out, so nothing
+can be released twice.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from conductor.config import ConductorConfig
+from core.cost import CostPrior, WorkerCost
+from core.messages import LoadReport, NodeInfo
+from halfmoon.types import AttemptId, Epoch, NodeId, Role
+
+YOUNG_DOUBLINGS = 5
+"""While young, a worker's cap on assignments doubles this often, until it is lifted."""
+
+MODELS_MAX = 2048
+"""Learned cost models kept for nodes that left, since a restarted process is the same machine."""
+
+
+class WorkerState(enum.StrEnum):
+    """READY takes new attempts; the others do not, for the reason they name."""
+
+    JOINING = "joining"  # its snapshot has not come
+    READY = "ready"
+    SUSPECT = "suspect"  # a few reports are missing
+    SILENT = "silent"  # its attempts were restarted elsewhere; a snapshot brings it back
+    DRAINING = "draining"
+    INCOMPATIBLE = "incompatible"  # another model
+
+
+class DecodeBook(NamedTuple):
+    """Room promised to one attempt: tokens of KV now, blocks it may come to need."""
+
+    tokens: int
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """Totals of what is booked on one worker."""
+
+    prefills: int
+    queue_s: float
+    decodes: int
+    decode_tokens: int
+    decode_blocks: int
+    sending_bytes: int
+
+    @property
+    def empty(self) -> bool:
+        return self == Books(prefills=0, queue_s=0.0, decodes=0, decode_tokens=0, decode_blocks=0, sending_bytes=0)
+
+
+class Worker:
+    """One incarnation of one worker, as the conductor sees it."""
+
+    def __init__(self, info: NodeInfo, cost: WorkerCost, now_s: float) -> None:
+        self.info = info
+        self.node_id = info.node_id
+        self.cost = cost
+        self.prefills = info.role.prefills
+        self.decodes = info.role.decodes
+        self.coupled = info.role is Role.COUPLED
+        self.heard_s = now_s
+        self.ready_s: float | None = None
+        self.snapshot_due_s: float | None = None
+        self.recheck_s: float | None = None
+        self.load = LoadReport()
+        self.draining = False
+        self.silent = False
+        self.incompatible = ""
+        self._prefill: dict[AttemptId, float] = {}
+        self._queue_s = 0.0
+        self._head_since_s = now_s
+        self._decode: dict[AttemptId, DecodeBook] = {}
+        self._waiting: dict[AttemptId, int] = {}  # booked for decode, not in its batch yet: tokens
+        self._sending: dict[tuple[AttemptId, str], int] = {}
+        self.decode_tokens = 0
+        self.decode_blocks = 0
+        self.sending_bytes = 0
+
+    # ---- how it is ----
+
+    def state(self, now_s: float, suspect_s: float) -> WorkerState:
+        if self.incompatible:
+            return WorkerState.INCOMPATIBLE
+        if self.silent:
+            return WorkerState.SILENT
+        if self.draining or self.load.draining:
+            return WorkerState.DRAINING
+        if self.ready_s is None:
+            return WorkerState.JOINING
+        return WorkerState.SUSPECT if now_s - self.heard_s > suspect_s else WorkerState.READY
+
+    def young(self, now_s: float, config: ConductorConfig) -> bool:
+        """Whether slow start forbids one more assignment now: a new empty worker must not attract everything."""
+        age_s = now_s - (self.ready_s if self.ready_s is not None else now_s)
+        if age_s >= config.slow_start_s:
+            return False
+        cap: float = config.young_attempts * 2.0 ** (YOUNG_DOUBLINGS * age_s / config.slow_start_s)
+        return self.attempts >= cap
+
+    @property
+    def attempts(self) -> int:
+        """Attempts that have something booked here."""
+        return len(self._decode) + sum(1 for a in self._prefill if a not in self._decode)
+
+    def books(self) -> Books:
+        return Books(
+            prefills=len(self._prefill),
+            queue_s=self._queue_s,
+            decodes=len(self._decode),
+            decode_tokens=self.decode_tokens,
+            decode_blocks=self.decode_blocks,
+            sending_bytes=self.sending_bytes,
+        )
+
+    # ---- prefill queue, in seconds ----
+
+    def queue_s(self, now_s: float) -> float:
+        """How long a prompt that comes now waits: what is booked, less what the oldest one has had already.
+
+        The oldest is believed to run; when it takes longer than predicted, it is believed to end now.
+        """
+        if not self._prefill:
+            return 0.0
+        head = next(iter(self._prefill.values()))
+        return max(0.0, self._queue_s - min(head, max(0.0, now_s - self._head_since_s)))
+
+    def book_prefill(self, attempt_id: AttemptId, seconds: float, now_s: float) -> None:
+        assert attempt_id not in self._prefill, f"{attempt_id} is booked for prefill twice"
+        if not self._prefill:
+            self._head_since_s = now_s
+        self._prefill[attempt_id] = seconds
+        self._queue_s += seconds
+
+    def release_prefill(self, attempt_id: AttemptId, now_s: float) -> bool:
+        """True: it was booked, and no longer is."""
+        if self._prefill.pop(attempt_id, None) is None:
+            return False
+        self._queue_s = sum(self._prefill.values())  # summed anew: differences would leave rounding dust
+        self._head_since_s = now_s
+        return True
+
+    # ---- decode room ----
+
+    @property
+    def batch(self) -> int:
+        """Sequences that decode here or will."""
+        return max(len(self._decode), self.load.running_sequences + len(self._waiting))
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that a step reads once everything booked has joined."""
+        return max(self.decode_tokens, self.load.kv_tokens + sum(self._waiting.values()))
+
+    def book_decode(self, attempt_id: AttemptId, book: DecodeBook) -> None:
+        assert attempt_id not in self._decode, f"{attempt_id} is booked for decode twice"
+        self._decode[attempt_id] = book
+        self._waiting[attempt_id] = book.tokens
+        self.decode_tokens += book.tokens
+        self.decode_blocks += book.blocks
+
+    def join_decode(self, attempt_id: AttemptId) -> None:
+        """From now on its own reports count this sequence."""
+        self._waiting.pop(attempt_id, None)
+
+    def release_decode(self, attempt_id: AttemptId) -> bool:
+        book = self._decode.pop(attempt_id, None)
+        self._waiting.pop(attempt_id, None)
+        if book is None:
+            return False
+        self.decode_tokens -= book.tokens
+        self.decode_blocks -= book.blocks
+        return True
+
+    # ---- bytes it has to send ----
+
+    def book_sending(self, attempt_id: AttemptId, purpose: str, num_bytes: int) -> None:
+        assert (attempt_id, purpose) not in self._sending, f"{attempt_id} {purpose} is booked for sending twice"
+        self._sending[attempt_id, purpose] = num_bytes
+        self.sending_bytes += num_bytes
+
+    def release_sending(self, attempt_id: AttemptId, purpose: str) -> bool:
+        num_bytes = self._sending.pop((attempt_id, purpose), None)
+        if num_bytes is None:
+            return False
+        self.sending_bytes -= num_bytes
+        return True
+
+
+class ClusterView:
+    """Every worker that is there. One owner: the conductor's machine."""
+
+    def __init__(self, config: ConductorConfig) -> None:
+        self._config = config
+        self._workers: dict[NodeId, Worker] = {}
+        self._models: dict[NodeId, WorkerCost] = {}
+        self._gone_s: dict[Role, float] = {}
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, node_id: NodeId) -> Worker | None:
+        return self._workers.get(node_id)
+
+    def at(self, node_id: NodeId, epoch: Epoch) -> Worker | None:
+        """The worker, if this very incarnation of it is there."""
+        worker = self._workers.get(node_id)
+        return worker if worker is not None and worker.info.epoch == epoch else None
+
+    def join(self, info: NodeInfo, now_s: float) -> Worker:
+        """A new worker, not ready before its snapshot. What was learned of its machine or its kind is kept."""
+        assert info.node_id not in self._workers, f"{info.node_id} joins twice"
+        model = self._models.pop(info.node_id, None)
+        if model is None:
+            model = WorkerCost(self._prior(info.role), tokens_per_pass_max=max(1, info.tokens_per_pass_max))
+        worker = self._workers[info.node_id] = Worker(info, model, now_s)
+        return worker
+
+    def remove(self, node_id: NodeId, now_s: float) -> None:
+        """Forget a worker and everything booked on it; its learned costs stay for when it comes back."""
+        worker = self._workers.pop(node_id)
+        self._gone_s[worker.info.role] = now_s
+        self._models[node_id] = worker.cost
+        while len(self._models) > MODELS_MAX:
+            del self._models[next(iter(self._models))]
+
+    def ready(self, now_s: float) -> list[Worker]:
+        """The workers that take new attempts, in the order of joining."""
+        suspect_s = self._config.suspect_s
+        return [w for w in self._workers.values() if w.state(now_s, suspect_s) is WorkerState.READY]
+
+    def returning(self, now_s: float) -> bool:
+        """Whether a pool may only be away for a moment: somebody joins, is suspect, or left a short time ago."""
+        grace_s = self._config.unavailable_grace_s
+        if any(now_s - gone_s <= grace_s for gone_s in self._gone_s.values()):
+            return True
+        waiting = (WorkerState.JOINING, WorkerState.SUSPECT, WorkerState.SILENT)
+        heard = [w for w in self._workers.values() if now_s - w.heard_s <= grace_s]
+        return any(w.state(now_s, self._config.suspect_s) in waiting for w in heard)
+
+    def why_unavailable(self, now_s: float) -> str:
+        """In words, which pool is missing and what its workers are doing; empty if requests can be served."""
+        ready = self.ready(now_s)
+        roles = {w.info.role for w in ready}
+        if Role.COUPLED in roles or {Role.PREFILL, Role.DECODE} <= roles:
+            return ""
+        missing = [role for role in (Role.PREFILL, Role.DECODE) if role not in roles]
+        return "; ".join(f"no {role} worker is ready ({self._states(role, now_s)})" for role in missing)
+
+    def _states(self, role: Role, now_s: float) -> str:
+        counts: dict[str, int] = {}
+        for worker in self._workers.values():
+            if worker.info.role in (role, Role.COUPLED):
+                state = worker.state(now_s, self._config.suspect_s)
+                counts[state] = counts.get(state, 0) + 1
+        return ", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "none has joined"
+
+    def _prior(self, role: Role) -> CostPrior:
+        """What the best-measured worker of the same role has learned, else the configured prior."""
+        same = [w for w in self._workers.values() if w.info.role is role and w.cost.samples > 0]
+        return max(same, key=lambda w: w.cost.samples).cost.learned() if same else self._config.prior

@@ -3,44 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
-from conductor.effects import Begin, Effect, End, RequestSpec, RequestSummary, Resume, Send
+from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send
+from conductor.machine import ConductorMachine
 from core.messages import Command, NodeInfo, WorkerEvent
 from halfmoon.errors import HalfmoonError
 from halfmoon.types import AttemptId, Epoch, NodeId, RequestId
-
-
-class Machine(Protocol):
-    """conductor.machine.ConductorMachine, as this module sees it."""
-
-    @property
-    def counters(self) -> Any: ...
-
-    def on_request(self, spec: RequestSpec, now_s: float) -> list[Effect]: ...
-
-    def on_resume(self, request_id: RequestId, emitted_token_ids: Sequence[int], now_s: float) -> list[Effect]: ...
-
-    def on_cancel(self, request_id: RequestId, reason: str, now_s: float) -> list[Effect]: ...
-
-    def on_stream_finished(self, request_id: RequestId, now_s: float) -> list[Effect]: ...
-
-    def on_tokens_lost(self, node_id: NodeId, epoch: Epoch, now_s: float) -> list[Effect]: ...
-
-    def on_node_joined(self, info: NodeInfo, now_s: float) -> list[Effect]: ...
-
-    def on_node_lost(self, node_id: NodeId, epoch: Epoch, reason: str, now_s: float) -> list[Effect]: ...
-
-    def on_worker_event(self, node_id: NodeId, epoch: Epoch, event: WorkerEvent, now_s: float) -> list[Effect]: ...
-
-    def on_tick(self, now_s: float) -> list[Effect]: ...
-
-    def summary(self, request_id: RequestId) -> RequestSummary: ...
-
-    def status(self) -> Any: ...
-
-    def explain(self, request_id: RequestId) -> Any: ...
 
 
 class Streams(Protocol):
@@ -69,7 +39,7 @@ class Driver:
     the present one are done, so the machine is never entered twice. Call `connect` before anything else.
     """
 
-    def __init__(self, machine: Machine, clock: Callable[[], float]) -> None:
+    def __init__(self, machine: ConductorMachine, clock: Callable[[], float]) -> None:
         self.machine = machine
         self.clock = clock
         self._streams: Streams | None = None
@@ -88,8 +58,11 @@ class Driver:
     def cancel(self, request_id: RequestId, reason: str) -> None:
         self._run(lambda now_s: self.machine.on_cancel(request_id, reason, now_s))
 
-    def stream_finished(self, request_id: RequestId) -> None:
-        self._run(lambda now_s: self.machine.on_stream_finished(request_id, now_s))
+    def stream_finished(self, request_id: RequestId, *, stopped: bool) -> None:
+        self._run(lambda now_s: self.machine.on_stream_finished(request_id, now_s, stopped=stopped))
+
+    def gap(self, request_id: RequestId, reason: str) -> None:
+        self._run(lambda now_s: self.machine.on_gap(request_id, reason, now_s))
 
     # ---- from the nodes ----
 
@@ -105,7 +78,10 @@ class Driver:
     def worker_event(self, node_id: NodeId, epoch: Epoch, event: WorkerEvent) -> None:
         self._run(lambda now_s: self.machine.on_worker_event(node_id, epoch, event, now_s))
 
-    # ---- from the clock ----
+    # ---- from operators and the clock ----
+
+    def drain(self, node_id: NodeId | None) -> None:
+        self._run(lambda now_s: self.machine.on_drain(node_id, now_s))
 
     def tick(self) -> None:
         self._run(self.machine.on_tick)

@@ -20,7 +20,7 @@ from conductor.streams import Verdict
 from conductor.usage import Moments, timings_of, usage_of
 from core.messages import StepTokens, Token
 from halfmoon.errors import Cancelled, DeadlineExceeded, HalfmoonError, InvalidRequest, Rejected, Unavailable
-from halfmoon.types import AttemptId, Epoch, NodeId, Outcome, RequestId
+from halfmoon.types import AttemptId, Outcome, RequestId
 from halfmoon.v1 import inference_pb2 as pb
 
 log = logging.getLogger("conductor.frontend")
@@ -137,7 +137,7 @@ class FrontEnd:
 
     # ---- from workers ----
 
-    def on_tokens(self, node_id: NodeId, epoch: Epoch, step: StepTokens) -> None:
+    def on_tokens(self, step: StepTokens) -> None:
         """One engine step's tokens, for any number of requests."""
         now_s = self.clock()
         for token in step.tokens:
@@ -145,7 +145,7 @@ class FrontEnd:
             if session is None:
                 self.metrics.dropped("unknown")
             else:
-                self._offer(session, token, now_s, (node_id, epoch))
+                self._offer(session, token, now_s)
 
     # ---- from the machine (conductor.driver.Streams) ----
 
@@ -186,17 +186,15 @@ class FrontEnd:
 
     # ---- inside ----
 
-    def _offer(self, session: Session, token: Token, now_s: float, sender: tuple[NodeId, Epoch]) -> None:
+    def _offer(self, session: Session, token: Token, now_s: float) -> None:
         verdict, ending = session.offer(token, now_s)
         if verdict is Verdict.ACCEPTED:
             self.metrics.token(1)
             self._wake(session)
-        elif verdict is Verdict.AHEAD:
-            session.sender = sender
-        else:
+        elif verdict is not Verdict.AHEAD:
             self.metrics.dropped(verdict.value)
         if verdict is Verdict.OVERFLOW:
-            self._hole(session, sender)
+            self._hole(session)
         if ending is not None:
             self._finish(session, ending, now_s)
 
@@ -204,7 +202,7 @@ class FrontEnd:
         request_id = session.spec.request_id
         session.finish(self._finished(session, ending, now_s), now_s)
         self._close(session, Outcome.FINISHED)
-        self._driver.stream_finished(request_id)
+        self._driver.stream_finished(request_id, stopped=ending.cut)
 
     def _finished(self, session: Session, ending: Ending, now_s: float) -> pb.Finished:
         summary = self._driver.machine.summary(session.spec.request_id)
@@ -244,15 +242,14 @@ class FrontEnd:
             reason = f"the reader took nothing for {config.reader_stall_s:g} s"
             self._give_up(session, Cancelled(f"{request_id}: {reason}"), reason)
         elif hole_s is not None and now_s - hole_s > config.hole_s:
-            assert session.sender is not None
-            self._hole(session, session.sender)
+            self._hole(session)
 
-    def _hole(self, session: Session, sender: tuple[NodeId, Epoch]) -> None:
-        """A token that never came: a bug, or a token stream that broke unseen. Its node's attempts start anew."""
-        log.error("%s: a token is missing; restarting", session.log.attempt)
+    def _hole(self, session: Session) -> None:
+        """A token that never came: a bug, or a token stream that lost it unseen. The attempt restarts."""
+        log.error("%s: token %d is missing; restarting", session.log.attempt, len(session.log.tokens))
         self.metrics.counters["holes"] += 1
         session.log.suspend()
-        self._driver.tokens_lost(*sender)
+        self._driver.gap(session.spec.request_id, f"token {len(session.log.tokens)} is missing")
 
     def _give_up(self, session: Session, error: HalfmoonError, reason: str) -> None:
         self._abandon(session, error, reason, drop=True)

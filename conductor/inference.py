@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -31,7 +31,10 @@ T = TypeVar("T")
 class Tokenizer(ChatTokenizer, Protocol):
     """What this service needs of engine.tokenizer.Tokenizer; safe to use from several threads."""
 
-    def stream(self, context: Any = ()) -> TextDecoder: ...
+    @property
+    def generation_defaults(self) -> Mapping[str, float]: ...
+
+    def stream(self, context: Sequence[int] = ()) -> TextDecoder: ...
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -29,7 +30,7 @@ from service.registry import Joined, Left
 
 log = logging.getLogger("conductor.nodes")
 
-TokenSink = Callable[[NodeId, Epoch, StepTokens], None]
+TokenSink = Callable[[StepTokens], None]
 
 
 class NodeLink:
@@ -88,7 +89,7 @@ class NodeLink:
             stub = worker_pb2_grpc.WorkerStub(channel)
             tokens = self._open_tokens(stub)
             control = stub.Control()
-            snapshot = await self._attach(control)
+            snapshot = await self._attach(control, tokens)
             self._join(snapshot)
             await _first_to_fail(
                 self._read_events(control),
@@ -100,16 +101,17 @@ class NodeLink:
         finally:
             await channel.close()
 
-    async def _attach(self, control: Any) -> Snapshot:
+    async def _attach(self, control: Any, tokens: Any) -> Snapshot:
         attach = Attach(conductor_id=self._owner.conductor_id, term=self._owner.term())
         try:
             async with asyncio.timeout(self._config.attach_s):
+                await tokens.initial_metadata()  # the worker keeps this front end's tokens from now on
                 await _write(control, attach)
                 snapshot = await _read(control)
         except TimeoutError:
             raise PeerLost(f"{self}: no snapshot within {self._config.attach_s:g} s of dialling") from None
-        except Conflict:
-            self._owner.on_higher_term()
+        except Conflict as error:
+            self._owner.on_higher_term(_term_in(str(error)))
             raise
         self._check(snapshot)
         return snapshot
@@ -119,9 +121,9 @@ class NodeLink:
             raise PeerLost(f"{self}: its first event was {type(snapshot).__name__}, not a Snapshot")
         if snapshot.info.epoch != self.info.epoch:
             raise PeerLost(f"{self}: at its address answers epoch {snapshot.info.epoch}")
-        differences = snapshot.info.fingerprint.differences(self._owner.fingerprint)
-        if differences:
-            raise PeerLost(f"{self}: serves another model: {'; '.join(differences)}")
+        differences = self._owner.fingerprint.differences(snapshot.info.fingerprint)
+        if differences:  # the machine lists it and does not use it
+            log.error("serves another model", extra=fields(node=self.info.node_id, differences="; ".join(differences)))
 
     def _join(self, snapshot: Snapshot) -> None:
         self.info = snapshot.info
@@ -174,7 +176,7 @@ class NodeLink:
         """Until the stream ends; why it did."""
         try:
             while True:
-                self._owner.on_tokens(self.info.node_id, self.info.epoch, await _read(call))
+                self._owner.on_tokens(await _read(call))
         except HalfmoonError as error:
             return str(error)
 
@@ -205,7 +207,7 @@ class Nodes:
         fingerprint: of the model served here; a worker with another one is not used.
         term: the lease's present term.
         on_tokens: where tokens go.
-        on_higher_term: called when a worker has seen a higher term than ours.
+        on_higher_term: called with a term, higher than ours, that a worker has seen (0: it did not say which).
     """
 
     def __init__(
@@ -218,7 +220,7 @@ class Nodes:
         fingerprint: Fingerprint,
         term: Callable[[], int],
         on_tokens: TokenSink,
-        on_higher_term: Callable[[], None],
+        on_higher_term: Callable[[int], None],
         clock: Callable[[], float],
     ) -> None:
         self.driver = driver
@@ -248,12 +250,6 @@ class Nodes:
         link = self.links.get(node_id)
         if link is None or link.info.epoch != epoch or not link.send(command):
             self.counters["commands_dropped"] += 1
-
-    @property
-    def usable(self) -> bool:
-        """True while a prompt can be prefilled and decoded somewhere."""
-        roles = [link.info.role for link in self.links.values() if link.joined and not link.load.draining]
-        return any(role.prefills for role in roles) and any(role.decodes for role in roles)
 
     def _on_joined(self, info: NodeInfo, group: asyncio.TaskGroup) -> None:
         link = self.links.get(info.node_id)
@@ -304,6 +300,12 @@ def _failure(error: grpc.aio.AioRpcError) -> HalfmoonError:
     if code.value[0] == StatusCode.FAILED_PRECONDITION:
         return Conflict(text)
     return PeerLost(f"{code.name}: {text}")
+
+
+def _term_in(message: str) -> int:
+    """The term that a worker's refusal names (node.streams.Streams.check_term)."""
+    found = re.search(r"seen term (\d+)", message)
+    return int(found[1]) if found else 0
 
 
 async def _first_to_fail(*works: Coroutine[Any, Any, None]) -> None:

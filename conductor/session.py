@@ -12,7 +12,7 @@ from conductor.stop_strings import StopMatcher
 from conductor.streams import StreamLog, Verdict
 from core.messages import Token
 from halfmoon.errors import HalfmoonError
-from halfmoon.types import Epoch, FinishReason, NodeId
+from halfmoon.types import FinishReason
 from halfmoon.v1 import inference_pb2 as pb
 
 
@@ -26,10 +26,14 @@ class TextDecoder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Ending:
-    """The output is complete. `text`: what was held back until now."""
+    """The output is complete.
+
+    text: what was held back until now. cut: a stop string ended it, which the workers do not know.
+    """
 
     finish_reason: FinishReason
     text: str
+    cut: bool = False
 
 
 class Session:
@@ -52,7 +56,6 @@ class Session:
         self.deadline_at_s = deadline_at_s
         self.first_token_s: float | None = None
         self.taken_s = now_s  # when the reader last took an event, or found none
-        self.sender: tuple[NodeId, Epoch] | None = None  # who sent the last token that was ahead
         self.error: HalfmoonError | None = None
         self.ended_s: float | None = None
         self._decoder = decoder
@@ -111,7 +114,7 @@ class Session:
         text = self._matcher.feed(piece)
         self.outbox.append(pb.GenerateEvent(token=self._event(token, text)))
         if self._matcher.matched:
-            return Ending(finish_reason=FinishReason.STOP, text="")
+            return Ending(finish_reason=FinishReason.STOP, text="", cut=token.finish_reason is None)
         return None if token.finish_reason is None else self._last_words(token.finish_reason)
 
     def _last_words(self, reason: FinishReason) -> Ending:

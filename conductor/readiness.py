@@ -1,0 +1,81 @@
+"""Shell: readiness that proves itself: SERVING only after a canary request made the whole round trip."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from grpc_health.v1 import health, health_pb2
+
+from halfmoon.errors import HalfmoonError
+
+log = logging.getLogger("conductor.readiness")
+
+Canary = Callable[[int], Awaitable[None]]
+
+
+class Readiness:
+    """Follows whether a usable prefill and decode path exists; sends a canary through whenever one (re)appears.
+
+    Args:
+        why_not: why nothing can be served now; empty when a usable path exists.
+        services: the names for which health is answered, beside the empty one.
+        canary: raises HalfmoonError when the round trip fails; its argument is a serial number.
+        on_first: called once, at the first success.
+    """
+
+    def __init__(
+        self,
+        *,
+        why_not: Callable[[], str],
+        canary: Canary,
+        services: Sequence[str],
+        interval_s: float,
+        on_first: Callable[[], None],
+    ) -> None:
+        self.health = health.aio.HealthServicer()
+        self.ready = False
+        self._why_not = why_not
+        self._canary = canary
+        self._services = ("", *services)
+        self._interval_s = interval_s
+        self._on_first = on_first
+        self._canaries = 0
+        self._succeeded = False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        await self._set(ready=False)
+        while True:
+            why = self._why_not()
+            if why:
+                await self._set(ready=False, why=why)
+            elif not self.ready:
+                await self._try()
+            await asyncio.sleep(self._interval_s)
+
+    async def stop(self) -> None:
+        """NOT_SERVING for good: the process drains."""
+        self.ready = False
+        await self.health.enter_graceful_shutdown()
+
+    async def _try(self) -> None:
+        self._canaries += 1
+        try:
+            await self._canary(self._canaries)
+        except HalfmoonError as error:
+            log.warning("canary %d failed: %s", self._canaries, error)
+            return
+        await self._set(ready=True)
+        if not self._succeeded:
+            self._succeeded = True
+            self._on_first()
+
+    async def _set(self, *, ready: bool, why: str = "") -> None:
+        if ready != self.ready:
+            log.info("serving" if ready else "not serving: %s", *([] if ready else [why]))
+        self.ready = ready
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in self._services:
+            await self.health.set(service, status)

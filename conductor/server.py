@@ -1,0 +1,273 @@
+"""Shell: the conductor's process: `python -m conductor.server --config FILE`.
+
+It says on standard output, a line each: `loading`, `standby` (waits for the lease), `serving inference=ADDRESS
+admin=ADDRESS` (the ports are open), `ready inference=ADDRESS admin=ADDRESS` (a canary made the round trip).
+
+SIGTERM: new requests are Unavailable, running ones finish within `drain_s`, the rest is ended, then the ports close.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from conductor.admin import AdminService, Facts
+from conductor.config import ConductorConfig
+from conductor.desk import Layout
+from conductor.driver import Driver
+from conductor.frontend import FrontEnd
+from conductor.frontend_metrics import FrontEndMetrics
+from conductor.inference import InferenceService, Tokenizer
+from conductor.lease import Lease
+from conductor.machine import ConductorMachine
+from conductor.nodes import Nodes
+from conductor.readiness import Readiness
+from conductor.settings import FrontEndConfig, NodesConfig, ServerConfig
+from conductor.validation import ServedModel
+from engine.load import describe_model, load_tokenizer
+from engine.protocol import ModelInfo
+from halfmoon.errors import ConfigError
+from halfmoon.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
+from service import logs, settings
+from service.channel import CLIENT_MESSAGE_BYTES_MAX, bind, make_server
+from service.metrics import Metrics
+from service.registry import Registry
+from service.run import Stop, run
+
+DRAIN_POLL_S = 0.05
+CLOSE_S = 2.0  # for streams to take their terminal event after the drain
+DRAIN_MARGIN_S = 15.0  # beyond `drain_s`: closing ports, streams and links
+INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    server: ServerConfig
+    front_end: FrontEndConfig
+    nodes: NodesConfig
+    conductor: ConductorConfig
+
+
+def load_settings(path: Path | None) -> Settings:
+    """Raises: ConfigError."""
+    tree = settings.gather(path)
+    settings.require_known(tree, ("server", "front_end", "nodes", "conductor"))
+    return Settings(
+        server=settings.load(ServerConfig, tree.get("server") or {}, path="server"),
+        front_end=settings.load(FrontEndConfig, tree.get("front_end") or {}, path="front_end"),
+        nodes=settings.load(NodesConfig, tree.get("nodes") or {}, path="nodes"),
+        conductor=settings.load(ConductorConfig, tree.get("conductor") or {}, path="conductor"),
+    )
+
+
+class ConductorProcess:
+    """The parts of one conductor, put together; `run` is their life.
+
+    Args:
+        conductor_id: unique among the living; with it workers know whose tokens they keep.
+    """
+
+    def __init__(self, config: Settings, model: ModelInfo, tokenizer: Tokenizer, *, conductor_id: str) -> None:
+        server, clock = config.server, time.monotonic
+        self.config = config
+        self.model = model
+        self.metrics = Metrics()
+        self.registry = Registry(server.registry, cluster=server.cluster)
+        self.lease = Lease(self.registry, conductor_id)
+        self.driver = Driver(_machine(config.conductor, model, conductor_id), clock)
+        front_end_id = f"{conductor_id}/{secrets.token_hex(4)}"
+        self.front_end = FrontEnd(
+            driver=self.driver,
+            config=config.front_end,
+            metrics=FrontEndMetrics(self.metrics),
+            new_decoder=tokenizer.stream,
+            clock=clock,
+        )
+        self.inference = InferenceService(
+            front_end=self.front_end,
+            front_end_id=front_end_id,
+            tokenizer=tokenizer,
+            model=_served(model, tokenizer),
+            fingerprint=model.fingerprint,
+            config=config.front_end,
+            rng=random.Random(secrets.randbits(64)),
+        )
+        self.nodes = Nodes(
+            driver=self.driver,
+            config=config.nodes,
+            conductor_id=conductor_id,
+            front_end=front_end_id,
+            fingerprint=model.fingerprint,
+            term=lambda: self.lease.term,
+            on_tokens=self.front_end.on_tokens,
+            on_higher_term=self.lease.on_higher_term,
+            clock=clock,
+        )
+        self.driver.connect(self.front_end, self.nodes)
+        self.readiness = Readiness(
+            why_not=lambda: self.driver.machine.status().unavailable,
+            canary=partial(self.inference.canary, timeout_s=server.canary_timeout_s),
+            services=(INFERENCE, ADMIN),
+            interval_s=server.canary_interval_s,
+            on_first=lambda: _say(f"ready {self.addresses}"),
+        )
+        self.addresses = ""
+        self._servers: list[grpc.aio.Server] = []
+        self._close_metrics = _nothing
+
+    async def run(self, stop: Stop) -> None:
+        """Lead, serve, drain. Raises: Conflict (a port), ConfigError."""
+        stop.add_dump("conductor", self.describe)
+        try:
+            if not await self._lead(stop):
+                return
+            stop.spawn_essential(self.lease.keep(), name="lease")
+            await self._open_ports()
+            stop.spawn_essential(self.nodes.run(self.registry.watch()), name="nodes")
+            stop.spawn_essential(self._tick(), name="tick")
+            stop.spawn_essential(self.readiness.run(), name="readiness")
+            _say(f"serving {self.addresses}")
+            await stop.wait()
+            await self._drain()
+        finally:
+            await self._close()
+
+    def describe(self) -> str:
+        """For dumps: who is there, what is open."""
+        status = self.driver.machine.status()
+        nodes = [f"{n.info.node_id} {n.state.value} attempts={n.outstanding_attempts}" for n in status.nodes]
+        open_now = f"{self.front_end.num_open} streams, {status.requests_open} requests, {status.closing} closing"
+        return "\n".join((f"term {self.lease.term}; {open_now}", *nodes))
+
+    async def _lead(self, stop: Stop) -> bool:
+        """Wait for the lease; False if the process is to stop first."""
+        _say("standby")
+        acquire = asyncio.ensure_future(self.lease.acquire())
+        stopped = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait((acquire, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if acquire.done():
+                acquire.result()
+            return acquire.done()
+        finally:
+            acquire.cancel()
+            stopped.cancel()
+
+    async def _open_ports(self) -> None:
+        server = self.config.server
+        clients = make_server(message_bytes_max=CLIENT_MESSAGE_BYTES_MAX)
+        inference_pb2_grpc.add_InferenceServicer_to_server(self.inference, clients)
+        inference_address = self._open(clients, server.address, INFERENCE)
+        operators = make_server()
+        admin = AdminService(driver=self.driver, front_end=self.front_end, model=self.model.name, facts=self._facts)
+        admin_pb2_grpc.add_AdminServicer_to_server(admin, operators)
+        admin_address = self._open(operators, server.admin_address, ADMIN)
+        if server.metrics_address:
+            _, self._close_metrics = self.metrics.serve(server.metrics_address)
+        for opened in self._servers:
+            await opened.start()
+        self.addresses = f"inference={inference_address} admin={admin_address}"
+
+    def _open(self, server: grpc.aio.Server, address: str, service: str) -> str:
+        health_pb2_grpc.add_HealthServicer_to_server(self.readiness.health, server)
+        names = (service, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        self._servers.append(server)
+        return bind(server, address)
+
+    def _facts(self) -> Facts:
+        return Facts(
+            term=self.lease.term,
+            ready=self.readiness.ready,
+            registry_reachable=self.registry.reachable,
+            counters={**self.front_end.metrics.counters, **self.nodes.counters},
+        )
+
+    async def _tick(self) -> None:
+        while True:
+            self.driver.tick()
+            self.front_end.tick()
+            await asyncio.sleep(self.config.server.tick_s)
+
+    async def _drain(self) -> None:
+        self.front_end.refuse("this conductor is shutting down")
+        await self.readiness.stop()
+        deadline_s = time.monotonic() + self.config.server.drain_s
+        while self.front_end.num_open and time.monotonic() < deadline_s:  # noqa: ASYNC110  (bounded, and once a life)
+            await asyncio.sleep(DRAIN_POLL_S)
+        self.front_end.cancel_all(
+            f"the conductor shut down and it was not complete in {self.config.server.drain_s:g} s"
+        )
+
+    async def _close(self) -> None:
+        await asyncio.gather(*(server.stop(CLOSE_S) for server in self._servers))
+        self.inference.close()
+        self._close_metrics()
+        await self.registry.close()
+
+
+async def serve(config: Settings, stop: Stop) -> None:
+    """Load the model's description and tokenizer, then run a conductor until `stop`."""
+    server = config.server
+    _say("loading")
+    model = await asyncio.to_thread(describe_model, server.model, dtype=server.dtype, block_size=server.block_size)
+    tokenizer = await asyncio.to_thread(load_tokenizer, server.model)
+    conductor_id = server.conductor_id or f"conductor-{socket.gethostname()}-{os.getpid()}"
+    process = ConductorProcess(config, model, tokenizer, conductor_id=conductor_id)
+    await process.run(stop)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The Halfmoon conductor.")
+    parser.add_argument("--config", type=Path, help="a YAML file (conductor/settings.py says what may be in it)")
+    arguments = parser.parse_args(argv)
+    try:
+        config = load_settings(arguments.config)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
+    logs.configure(config.server.conductor_id or "conductor", level=config.server.log_level)
+    run(partial(serve, config), drain_s_max=config.server.drain_s + DRAIN_MARGIN_S)
+
+
+def _machine(config: ConductorConfig, model: ModelInfo, conductor_id: str) -> ConductorMachine:
+    layout = Layout(block_size=model.layout.block_size, block_bytes=model.layout.block_bytes)
+    return ConductorMachine(config=config, layout=layout, conductor_id=conductor_id, fingerprint=model.fingerprint)
+
+
+def _served(model: ModelInfo, tokenizer: Tokenizer) -> ServedModel:
+    return ServedModel(
+        name=model.name,
+        vocab_size=model.vocab_size,
+        context_tokens_max=model.context_tokens_max,
+        block_size=model.layout.block_size,
+        eos_token_ids=tuple(tokenizer.eos_token_ids),
+        generation_defaults=tokenizer.generation_defaults,
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _nothing() -> None:
+    """Stands for closing the metrics page where there is none."""
+
+
+if __name__ == "__main__":
+    main()

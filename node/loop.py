@@ -42,6 +42,7 @@ TICK_S = 0.1  # deadlines are kept to a tenth of a second
 CHECK_INTERVAL_S = 5.0  # invariants, when idle: some ms for 1e5 blocks
 INBOX_MAX = 10_000  # commands beyond it wait in gRPC's flow control
 PASS_S_MAX = 300.0  # a pass takes seconds on the slowest host; a wedged device must end the process
+CLOSE_S_MAX = 5.0  # for the pass that is out at the end
 ENGINE_ERRORS = (HalfmoonError, RuntimeError, ValueError, IndexError, MemoryError)  # torch raises the middle three
 
 Event = Callable[[float], list[Effect]]
@@ -157,6 +158,8 @@ class NodeLoop:
     ) -> None:
         self.info = info
         self.passes = 0
+        self.pass_s = 0.0
+        self.last_load = LoadReport()
         self._machine = machine
         self._inbox = inbox
         self._cache = cache
@@ -170,6 +173,7 @@ class NodeLoop:
         self._move_wake = asyncio.Event()
         self._tick_at_s = self._report_at_s = self._check_at_s = -float("inf")
         self._computing = False
+        self._pass: asyncio.Future[list[Sampled | None]] | None = None
         self._busy = False
         self._invariant_checks = 0
         self._performers: Mapping[type, Callable[[Any], object]] = {
@@ -195,6 +199,12 @@ class NodeLoop:
         finally:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
+    async def close(self, work: asyncio.Task[None]) -> None:
+        """End `work` (a task of `run`), and wait for the pass that is out: its pool is about to be closed."""
+        work.cancel()
+        out: list[asyncio.Future[Any]] = [work, *([] if self._pass is None else [self._pass])]
+        await asyncio.wait(out, timeout=CLOSE_S_MAX)
+
     async def _run_passes(self) -> None:
         while True:
             self._serve()
@@ -212,6 +222,7 @@ class NodeLoop:
         self._computing = True
         started_s = self._clock()
         future = asyncio.get_running_loop().run_in_executor(self._executor, self._engine.forward, work.slices)
+        self._pass = future
         future.add_done_callback(lambda _: self._inbox.wake())
         while True:
             await self._inbox.wait(TICK_S)
@@ -225,6 +236,7 @@ class NodeLoop:
 
     def _account(self, work: Pass, result: Sequence[Sampled | None] | BaseException, seconds: float) -> None:
         self.passes += 1
+        self.pass_s += seconds
         now_s = self._clock()
         if isinstance(result, ENGINE_ERRORS):
             log.error("a pass of %d slices failed: %s", len(work.slices), result, exc_info=result)
@@ -293,7 +305,7 @@ class NodeLoop:
 
     def _report_load(self, now_s: float) -> None:
         self._report_at_s = now_s + self._config.report_interval_s
-        load = self.load()
+        load = self.last_load = self.load()
         self._busy = load.running_sequences + load.queued_attempts > 0 or self._computing
         self._streams.report(load)
 

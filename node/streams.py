@@ -156,6 +156,18 @@ class Streams:
             self.dropped_steps += 1
             log.warning("front end %s does not keep up: its tokens are dropped", front_end)
 
+    async def flush(self, timeout_s: float) -> None:
+        """Wait until the streams that are open have taken everything, but at most `timeout_s`."""
+        until_s = asyncio.get_running_loop().time() + timeout_s
+        while self._pending():
+            if asyncio.get_running_loop().time() >= until_s:
+                return
+            await asyncio.sleep(0.01)
+
+    def _pending(self) -> int:
+        read = [self._tokens[name] for name in self._readers if name in self._tokens]
+        return sum(map(len, read)) + (0 if self._control is None else len(self._control))
+
     def close(self, why: HalfmoonError) -> None:
         """End every stream."""
         for outbox in self._tokens.values():

@@ -15,7 +15,7 @@ import difflib
 import enum
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -74,6 +74,21 @@ def gather(
     for key, value in (overrides or {}).items():
         _put(tree, key.split("."), value, key)
     return tree
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """["node.threads=2"] -> {"node.threads": "2"}, to be typed by the field that each fills.
+
+    Raises:
+        ConfigError: a text without a key.
+    """
+    overrides = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ConfigError(key="--set", value=text, expected="section.key=value")
+        overrides[key.strip()] = _Text(value)
+    return overrides
 
 
 def load(section_class: type[Section], mapping: Mapping[str, Any], *, path: str = "") -> Section:

@@ -1,0 +1,51 @@
+"""Shell: the engine of a worker process: loaded, bound to its pool, warmed up before anybody waits for it."""
+
+from __future__ import annotations
+
+from engine.protocol import Engine, Slice
+from halfmoon.types import SamplingParams, Tier
+from node.config import NodeConfig
+from node.pools import Pools
+
+WARM_UP_PASSES = 2  # the first one packs and caches, the second one shows that it did
+
+
+def load_engine(config: NodeConfig) -> Engine:
+    """The engine that `config` names; model "fake" with `fake_pass_s` sleeps that long in each pass.
+
+    Raises:
+        CheckpointError, ConfigError
+    """
+    from engine.load import FAKE_MODEL
+    from engine.load import load_engine as load
+
+    engine = load(
+        config.model,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        device=config.device,
+        threads=config.threads,
+    )
+    if config.model == FAKE_MODEL and config.fake_pass_s > 0:
+        from engine.fake import SleepingEngine
+
+        return SleepingEngine(engine, pass_s=config.fake_pass_s)
+    return engine
+
+
+def warm_up(engine: Engine, pools: Pools, config: NodeConfig) -> bool:
+    """Bind the pool and run a full prefill pass and a decode step over it, empty as it is: packs, caches, page faults.
+
+    Raises:
+        ConfigError: a pool that the engine cannot take.
+    """
+    num_slots = pools.num_slots(Tier.DEVICE)
+    engine.bind(pools.pool, num_slots)
+    num_tokens = min(config.tokens_per_pass_max, num_slots * config.block_size, engine.model.context_tokens_max)
+    slots = tuple(range(-(-num_tokens // config.block_size)))
+    sampling = SamplingParams(temperature=0.0)
+    for _ in range(WARM_UP_PASSES):
+        if num_tokens > 1:
+            engine.forward([Slice(token_ids=(0,) * (num_tokens - 1), start=0, slots=slots)])
+        engine.forward([Slice(token_ids=(0,), start=num_tokens - 1, slots=slots, sampling=sampling)])
+    return True

@@ -444,8 +444,8 @@ class Sink:
 
     def _check_deadlines(self, session: _Session, pull: _Pull, now_s: float) -> None:
         if pull.error is None and now_s >= pull.deadline_s:
-            late = f"{pull.spec.transfer_id}: {len(pull.arrived)} of {len(pull.targets)} blocks in {pull.spec.deadline_s} s"
-            self._give_up(session, pull, TransferTimeout(late), now_s)
+            so_far = f"{len(pull.arrived)} of {len(pull.targets)} blocks in {pull.spec.deadline_s:.3f} s"
+            self._give_up(session, pull, TransferTimeout(f"{pull.spec.transfer_id}: {so_far}"), now_s)
         elif pull.error is not None and not pull.abort_acked and now_s >= pull.abort_by_s:
             self._hang_up(session, PeerLost(f"{session.node_id} did not acknowledge an abort"), now_s)
 

@@ -535,7 +535,8 @@ class Source:
     def _release(self, serve: _Serve, index: int) -> None:
         """Let one held block go: the header first, the pin after it."""
         held = serve.held.pop(index)
-        assert not held.hashing and not held.sending
+        assert not held.hashing
+        assert not held.sending
         stamp, count = self._stamps.pop((held.tier, held.slot))
         if count > 1:
             self._stamps[held.tier, held.slot] = (stamp, count - 1)
@@ -562,7 +563,8 @@ class Source:
         self._forget(serve, now_s)
 
     def _forget(self, serve: _Serve, now_s: float) -> None:
-        assert not serve.held and not serve.open_wants
+        assert not serve.held
+        assert not serve.open_wants
         del self._serves[serve.key]
         if serve.session in self._sessions:
             del self._sessions[serve.session].serves[serve.pull.transfer_id]

@@ -42,22 +42,20 @@ class KvMessage(_message.Message):
         nonce: bytes
         def __init__(self, tier: _Optional[_Union[_worker_pb2.Tier, str]] = ..., num_slots: _Optional[int] = ..., block_bytes: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., fd: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
     class Welcome(_message.Message):
-        __slots__ = ("protocol", "node_id", "epoch", "fingerprint", "block_bytes", "arenas", "memory_key")
+        __slots__ = ("protocol", "node_id", "epoch", "fingerprint", "block_bytes", "arenas")
         PROTOCOL_FIELD_NUMBER: _ClassVar[int]
         NODE_ID_FIELD_NUMBER: _ClassVar[int]
         EPOCH_FIELD_NUMBER: _ClassVar[int]
         FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
         BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
         ARENAS_FIELD_NUMBER: _ClassVar[int]
-        MEMORY_KEY_FIELD_NUMBER: _ClassVar[int]
         protocol: int
         node_id: str
         epoch: str
         fingerprint: _worker_pb2.Fingerprint
         block_bytes: int
         arenas: _containers.RepeatedCompositeFieldContainer[KvMessage.Arena]
-        memory_key: str
-        def __init__(self, protocol: _Optional[int] = ..., node_id: _Optional[str] = ..., epoch: _Optional[str] = ..., fingerprint: _Optional[_Union[_worker_pb2.Fingerprint, _Mapping]] = ..., block_bytes: _Optional[int] = ..., arenas: _Optional[_Iterable[_Union[KvMessage.Arena, _Mapping]]] = ..., memory_key: _Optional[str] = ...) -> None: ...
+        def __init__(self, protocol: _Optional[int] = ..., node_id: _Optional[str] = ..., epoch: _Optional[str] = ..., fingerprint: _Optional[_Union[_worker_pb2.Fingerprint, _Mapping]] = ..., block_bytes: _Optional[int] = ..., arenas: _Optional[_Iterable[_Union[KvMessage.Arena, _Mapping]]] = ...) -> None: ...
     class Refusal(_message.Message):
         __slots__ = ("reason",)
         REASON_FIELD_NUMBER: _ClassVar[int]

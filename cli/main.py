@@ -1,0 +1,36 @@
+"""Shell: the halfmoon command."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+from rich.console import Console
+
+from cli.client_commands import chat, generate, status
+from cli.cluster_commands import config, demo, up
+from halfmoon.errors import HalfmoonError
+
+
+class Group(click.Group):
+    """Turns our typed errors into one readable line and exit code 1; nothing else is caught."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except HalfmoonError as error:
+            Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+            sys.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="halfmoon-server", prog_name="halfmoon")
+def main() -> None:
+    """Halfmoon: disaggregated prefill/decode LLM serving. Start with `halfmoon up`, then `halfmoon chat`."""
+
+
+for command in (up, demo, config, chat, generate, status):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main()

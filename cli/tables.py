@@ -1,0 +1,67 @@
+"""Pure: results as tables that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from halfmoon.client import Cluster, Result
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f}"
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The nearest-rank percentile; 0 for no values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def requests_table(rows: Sequence[tuple[str, Result]]) -> Table:
+    """One line per request. Times are the client's; hits are prompt tokens by where their KV was found."""
+    table = Table(box=box.SIMPLE_HEAD, title="Requests", title_justify="left")
+    for name in ("request", "prefill → decode", "link"):
+        table.add_column(name, no_wrap=True)
+    for name in ("prompt", "output", "TTFT ms", "TBT p50", "TBT max", "hit dev", "hit dram", "hit remote", "KV pulled"):
+        table.add_column(name, justify="right")
+    for name, result in rows:
+        table.add_row(name, *_request_cells(result))
+    return table
+
+
+def _request_cells(result: Result) -> list[str]:
+    usage, timings = result.usage, result.timings
+    path = f"{usage.prefill_node} → {usage.decode_node or 'same'}"
+    return [
+        path,
+        usage.link or "-",
+        str(usage.prompt_tokens),
+        str(usage.completion_tokens),
+        milliseconds(timings.ttft_s),
+        milliseconds(percentile(timings.tbt_s, 0.5)),
+        milliseconds(max(timings.tbt_s, default=0.0)),
+        str(usage.prefix_hit_tokens_device),
+        str(usage.prefix_hit_tokens_dram),
+        str(usage.prefix_hit_tokens_remote),
+        f"{usage.kv_bytes_pulled / 2**20:.1f} MiB",
+    ]
+
+
+def cluster_table(cluster: Cluster) -> Table:
+    title = f"{cluster.model} · {'ready' if cluster.ready else 'not ready'} · {cluster.requests_open} requests open"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for name in ("node", "role", "state", "pid", "address"):
+        table.add_column(name, no_wrap=True)
+    for name in ("queued", "running", "free blocks", "indexed", "heard s ago"):
+        table.add_column(name, justify="right")
+    for node in cluster.nodes:
+        state = "draining" if node.draining else "ready" if node.ready else "not ready"
+        free = f"{node.free_device_blocks}/{node.num_device_blocks}"
+        table.add_row(
+            node.node_id, node.role, state, str(node.pid), node.address, str(node.queued_attempts),
+            str(node.running_sequences), free, f"{node.indexed_blocks} ({node.index_mode})", f"{node.last_heard_s:.1f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,126 @@
+"""Shell: one supervised process: started, watched, restarted under a new epoch when it dies, ended within a bound."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from cluster.plan import ProcessSpec
+from halfmoon.errors import Failed
+from service.child import dies_with_parent
+from service.run import EXIT_REFUSED
+
+RESTART_DELAY_S = 0.2
+RESTART_DELAY_S_MAX = 5.0
+HEALTHY_S = 30.0  # a process that lived this long starts again without delay
+FAILED_STARTS_MAX = 3  # in a row, without having been ready: then it is a configuration fault, not a crash
+LOG_TAIL_LINES = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a process says of its start: state is "starting", "loading", "warming", "ready" or "exited"."""
+
+    name: str
+    state: str
+    detail: str = ""
+
+
+class SupervisedProcess:
+    """Owns one child process and its log file; its child dies with this process, however this one dies."""
+
+    def __init__(self, spec: ProcessSpec, directory: Path, on_progress: Callable[[Progress], None]) -> None:
+        self.spec = spec
+        self.restarts = 0
+        self.ready = asyncio.Event()
+        self.ready_detail = ""
+        self.failure: Failed | None = None
+        self.ended = asyncio.Event()
+        self._on_progress = on_progress
+        self._config_path = directory / f"{spec.name}.yaml"
+        self._log_path = directory / f"{spec.name}.log"
+        self._child: asyncio.subprocess.Process | None = None
+        self._stopping = False
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.pid if self._child is not None and self._child.returncode is None else None
+
+    async def run(self) -> None:
+        """Keep one child alive until `stop`, or until it failed to start `FAILED_STARTS_MAX` times in a row."""
+        loop = asyncio.get_running_loop()
+        delay_s, failed_starts = RESTART_DELAY_S, 0
+        try:
+            while not self._stopping:
+                started_s = loop.time()
+                code = await self._run_once()
+                if self._stopping:
+                    return
+                failed_starts = 0 if self.ready.is_set() else failed_starts + 1
+                self.ready.clear()
+                self._on_progress(Progress(name=self.spec.name, state="exited", detail=_describe_exit(code)))
+                if failed_starts >= FAILED_STARTS_MAX or (failed_starts and code == EXIT_REFUSED):
+                    self.failure = Failed(f"{self.spec.name} did not start:\n{self.log_tail()}")
+                    return
+                delay_s = (
+                    RESTART_DELAY_S if loop.time() - started_s > HEALTHY_S else min(delay_s * 2, RESTART_DELAY_S_MAX)
+                )
+                await asyncio.sleep(delay_s)
+                self.restarts += 1
+        finally:
+            self.ended.set()
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after `grace_s`. Returns when the child is gone."""
+        self._stopping = True
+        child = self._child
+        if child is None or child.returncode is not None:
+            return
+        child.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(child.wait(), grace_s)
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+    def log_tail(self) -> str:
+        """The last lines that the process logged, for a person."""
+        if not self._log_path.exists():
+            return "(no log)"
+        with self._log_path.open(errors="replace") as log:
+            return "".join(deque(log, maxlen=LOG_TAIL_LINES))
+
+    async def _run_once(self) -> int:
+        self._on_progress(Progress(name=self.spec.name, state="starting"))
+        self._config_path.write_text(yaml.safe_dump(self.spec.settings, sort_keys=False))
+        with self._log_path.open("ab") as log:
+            command = [sys.executable, "-m", self.spec.module, "--config", str(self._config_path)]
+            self._child = await asyncio.create_subprocess_exec(
+                *dies_with_parent(command),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert self._child.stdout is not None
+        async for line in self._child.stdout:
+            self._on_line(line.decode(errors="replace").strip())
+        return await self._child.wait()
+
+    def _on_line(self, line: str) -> None:
+        state, _, detail = line.partition(" ")
+        if state == "ready":
+            self.ready_detail = detail
+            self.ready.set()
+        self._on_progress(Progress(name=self.spec.name, state=state, detail=detail))
+
+
+def _describe_exit(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

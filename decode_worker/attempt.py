@@ -59,6 +59,11 @@ class DecodeAttempt(Attempt):
         return self.phase in (Phase.PULLING, Phase.HERE)
 
     @property
+    def to_pull(self) -> range:
+        """Indices of the blocks that were not found here; the last one always among them (see Room.admit)."""
+        return range(len(self.hits), self.sequence.blocks(self.sequence.num_given_tokens))
+
+    @property
     def num_blocks_used(self) -> int:
         """Blocks with something in them."""
         return self.sequence.blocks(self.sequence.num_computed_tokens)

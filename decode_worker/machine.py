@@ -143,18 +143,12 @@ class DecodeMachine:
 
     def _begin_pull(self, attempt: DecodeAttempt, now_s: float) -> None:
         """Ask for every block that was not found here; the source grants them as they become ready."""
-        sequence = attempt.sequence
         hit_tokens = len(attempt.hits) * self._block_size
         self._attempts.report(Reserved(attempt_id=attempt.attempt_id, hit_tokens=hit_tokens))
-        missing = range(len(attempt.hits), sequence.blocks(sequence.num_given_tokens))
-        if missing:
-            assert attempt.source is not None
-            attempt.phase = Phase.PULLING
-            wants = [sequence.want(i) for i in missing]
-            left_s = attempt.deadline_at_s - now_s
-            self._attempts.start_pull(attempt, attempt.source, wants, wait=True, deadline_s=left_s)
-        else:
-            self._all_here(attempt, now_s)
+        wants = [attempt.sequence.want(i) for i in attempt.to_pull]
+        left_s = attempt.deadline_at_s - now_s
+        assert attempt.source is not None
+        self._attempts.start_pull(attempt, attempt.source, wants, wait=True, deadline_s=left_s)
 
     # ---- pulling and joining ----
 
@@ -177,20 +171,15 @@ class DecodeMachine:
         return self.effects(now_s)
 
     def _on_own_pull_ended(self, attempt: DecodeAttempt, ended: PullEnded, now_s: float) -> None:
-        sequence = attempt.sequence
-        wanted = range(len(attempt.hits), sequence.blocks(sequence.num_given_tokens))
-        missing = [i for i in wanted if i not in attempt.arrived]
+        missing = [i for i in attempt.to_pull if i not in attempt.arrived]
         if missing:
             why = ended.error or "the source does not hold them"
-            message = f"{len(missing)} of {len(wanted)} blocks did not arrive: {why}"
+            message = f"{len(missing)} of {len(attempt.to_pull)} blocks did not arrive: {why}"
             self._attempts.fail(attempt, kind_of(ended.error), message, now_s)
         else:
-            self._all_here(attempt, now_s)
-
-    def _all_here(self, attempt: DecodeAttempt, now_s: float) -> None:
-        attempt.phase = Phase.HERE
-        attempt.sequence.num_computed_tokens = attempt.sequence.num_given_tokens
-        self._join_if_complete(attempt, now_s)
+            attempt.phase = Phase.HERE
+            attempt.sequence.num_computed_tokens = attempt.sequence.num_given_tokens
+            self._join_if_complete(attempt, now_s)
 
     def _join_if_complete(self, attempt: DecodeAttempt, now_s: float) -> None:
         if attempt.joined or attempt.first_token_id is None or not attempt.quiet:

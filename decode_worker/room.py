@@ -40,14 +40,17 @@ class Room:
         return sum(a.on_device for a in live) + sum(a.num_blocks_resuming for a in live if a.phase is Phase.PARKED)
 
     def admit(self, attempt: DecodeAttempt, now_s: float) -> Admission:
-        """Open a table for the given tokens and the next one, if that leaves the spare slots."""
+        """Open a table for the given tokens and the next one, if that leaves the spare slots.
+
+        The last given block is never taken from here: pulling it tells the prefill worker that it may let go.
+        """
         sequence = attempt.sequence
-        num_blocks = sequence.blocks_joining
+        num_blocks, limit = sequence.blocks_joining, sequence.reusable_blocks
         spare = self.spare()
-        present = self._cache.match(sequence.names).count(Tier.DEVICE)  # held by others, at best
+        present = self._cache.match(sequence.names[:limit]).count(Tier.DEVICE)  # held by others, at best
         if self._cache.available(Tier.DEVICE) < num_blocks - present + spare:
             return Admission.NO_ROOM
-        opened = self._cache.open(attempt.attempt_id, sequence.names, num_blocks, now_s)
+        opened = self._cache.open(attempt.attempt_id, sequence.names, num_blocks, now_s, use_hits=limit)
         if opened is None:
             return Admission.SOON
         if self._cache.available(Tier.DEVICE) < spare:  # what was present was evictable: it counted twice
@@ -55,12 +58,12 @@ class Room:
             return Admission.NO_ROOM
         attempt.opened, attempt.opened_s = True, now_s
         attempt.hits = opened.hits
-        self._take_seat(attempt, opened)
+        self._seat(attempt, opened, Phase.PULLING)
         return Admission.OPENED
 
     @staticmethod
-    def _take_seat(attempt: DecodeAttempt, opened: Opened) -> None:
-        attempt.phase = Phase.HERE
+    def _seat(attempt: DecodeAttempt, opened: Opened, phase: Phase) -> None:
+        attempt.phase = phase
         attempt.sequence.slots = list(opened.slots)
         attempt.loading = {opened.slots[i] for i in opened.loading}
 
@@ -120,7 +123,7 @@ class Room:
             return False
         opened = self._cache.unpark(attempt.attempt_id, now_s)
         if opened is not None:
-            self._take_seat(attempt, opened)
+            self._seat(attempt, opened, Phase.HERE)
         return opened is not None
 
     def rescue(self, now_s: float) -> None:

@@ -65,7 +65,7 @@ class SequenceState:
 
     @property
     def reusable_blocks(self) -> int:
-        """Prefix blocks that need not be computed for prefill: the last token always is, to be sampled after."""
+        """Prefix blocks that may be found instead of made: never the last one, whose last token is sampled after."""
         return (self.num_given_tokens - 1) // self.block_size
 
     @property

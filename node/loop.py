@@ -26,6 +26,7 @@ from core.messages import (
     Snapshot,
     SnapshotCommand,
     Token,
+    TransferSample,
     WorkerEvent,
 )
 from engine.protocol import Engine, Sampled
@@ -58,6 +59,8 @@ class Store(Protocol):
     def hand_over(self, attempt_id: AttemptId, tail_index: int, tail_slot: int, tail_tokens: int) -> None: ...
     def withdraw(self, attempt_id: AttemptId) -> None: ...
     async def perform(self, moves: Sequence[Move]) -> None: ...
+    def samples(self) -> Sequence[TransferSample]: ...
+    def check_invariants(self) -> None: ...
     def tick(self) -> None: ...
 
 
@@ -273,6 +276,7 @@ class NodeLoop:
         if now_s >= self._check_at_s and not self._machine.attempts():
             self._check_at_s = now_s + CHECK_INTERVAL_S
             self._cache.check_invariants()
+            self._store.check_invariants()
             self._invariant_checks += 1
 
     def _perform(self, effects: Sequence[Effect]) -> None:
@@ -318,8 +322,12 @@ class NodeLoop:
     # ---- what others ask of the loop, from the event loop's thread ----
 
     def load(self) -> LoadReport:
-        """State now; takes the samples collected since the last call."""
-        return replace(self._machine.load(), invariant_checks=self._invariant_checks)
+        """State now; takes the samples collected since the last call.
+
+        Transfers as the store measured them: while their link was busy, not while a pull waited for its prefill.
+        """
+        transfers = tuple(self._store.samples())
+        return replace(self._machine.load(), transfers=transfers, invariant_checks=self._invariant_checks)
 
     def attach(self, attach: Attach) -> Outbox[WorkerEvent]:
         """A new control stream, beginning with a snapshot.

@@ -194,6 +194,7 @@ class WorkerProcess:
             on_handed_over=inbox.on_handed_over,
             on_withdrawn=inbox.on_withdrawn,
             clock=time.monotonic,
+            host=_host(info.address),
         )
 
     def _add_services(self, server: Any, loop: NodeLoop, store: BlockStore) -> Any:
@@ -237,6 +238,11 @@ class WorkerProcess:
             log.warning("%d attempts are cut off after draining", len(loop.attempts))
         await self._streams.flush(STOP_GRACE_S)
         self._streams.close(Unavailable(f"node {self.config.node_id} has drained and stops"))
+
+
+def _host(address: str) -> str:
+    """Where this node's data connections listen: where its gRPC server does."""
+    return "127.0.0.1" if address.startswith("unix:") else address.rpartition(":")[0].strip("[]")
 
 
 async def _unless(stop: Stop, work: Awaitable[Value]) -> Value | None:

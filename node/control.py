@@ -7,7 +7,6 @@ finds them in its snapshot, cancels what it does not know.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -95,5 +94,4 @@ class WorkerServicer(worker_pb2_grpc.WorkerServicer):
         except grpc.RpcError as error:
             outbox.close(Unavailable(f"the control stream broke: {error}"))
         finally:
-            with contextlib.suppress(asyncio.CancelledError):
-                outbox.close(Unavailable("the control stream has ended"))
+            outbox.close(Unavailable("the control stream has ended"))

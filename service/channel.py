@@ -201,7 +201,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         behaviour = getattr(handler, f"{streams_in}_{streams_out}")
         if not _is_async(behaviour):
             return handler  # the library's own synchronous services (reflection)
-        wrapped = _guarded_stream(behaviour) if handler.response_streaming else _guarded(behaviour)
+        # A streaming handler may also be a coroutine that writes to its context (the library's health service is).
+        wrapped = _guarded_stream(behaviour) if inspect.isasyncgenfunction(behaviour) else _guarded(behaviour)
         make = getattr(grpc, f"{streams_in}_{streams_out}_rpc_method_handler")
         return make(wrapped, handler.request_deserializer, handler.response_serializer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
-from heapq import nsmallest
+from operator import attrgetter
 
 from conductor.admission import Verdict
 from conductor.effects import RequestSpec, RequestSummary
@@ -168,6 +168,6 @@ class Decisions:
             fetch_source=prefill.source or "",
             prefill_candidates=len(placement.prefill_scores),
             decode_candidates=len(placement.decode_scores),
-            prefill_scores=tuple(nsmallest(keep, placement.prefill_scores, key=lambda s: (s.ttft_s, s.node_id))),
-            decode_scores=tuple(nsmallest(keep, placement.decode_scores, key=lambda s: (s.load, s.node_id))),
+            prefill_scores=tuple(sorted(placement.prefill_scores, key=attrgetter("ttft_s", "node_id"))[:keep]),
+            decode_scores=tuple(sorted(placement.decode_scores, key=attrgetter("load", "node_id"))[:keep]),
         )

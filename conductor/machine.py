@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from conductor.admission import Admission
-from conductor.attempts import Attempt, Leg, Phase, Request, Timer
+from conductor.attempts import Attempt, Phase, Request, Timer
 from conductor.config import ConductorConfig
 from conductor.decisions import DecisionRecord
 from conductor.desk import Desk, Layout
@@ -21,28 +21,13 @@ from conductor.effects import Effect, RequestSpec, RequestSummary
 from conductor.membership import Membership
 from conductor.placing import Placer
 from conductor.policy import LeastTtft, PlacementPolicy
+from conductor.progress import Progress
 from conductor.status import ConductorStatus, status_of
 from conductor.view import Worker
-from core.messages import (
-    AttemptFailed,
-    AttemptFinished,
-    Closed,
-    DecodeJoined,
-    KvEvents,
-    LoadReport,
-    NodeInfo,
-    PrefillDone,
-    RefusalReason,
-    Refused,
-    Reserved,
-    Snapshot,
-    WorkerEvent,
-)
+from core.messages import Closed, KvEvents, LoadReport, NodeInfo, Snapshot, WorkerEvent
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import DeadlineExceeded, Failed, Unavailable
 from halfmoon.types import Epoch, NodeId, Outcome, RequestId
-
-AttemptEvent = Reserved | Refused | PrefillDone | DecodeJoined | AttemptFinished | AttemptFailed
 
 
 class ConductorMachine:
@@ -68,6 +53,7 @@ class ConductorMachine:
         self._now_s = 0.0
         self._desk = Desk(config, layout, policy or LeastTtft(), admission or Admission())
         self._placer = Placer(self._desk)
+        self._progress = Progress(self._desk, self._placer)
         self._membership = Membership(self._desk, fingerprint, self._place_held)
 
     # ---- from the front end ----
@@ -211,133 +197,9 @@ class ConductorMachine:
             case Snapshot():
                 self._membership.on_snapshot(worker, event, now_s)
             case Closed():
-                self._on_closed(worker, event)
+                self._progress.on_closed(worker, event)
             case _:
-                self._on_attempt_event(worker, event, now_s)
-
-    def _on_attempt_event(self, worker: Worker, event: AttemptEvent, now_s: float) -> None:
-        """Only a present attempt's open leg is listened to."""
-        desk, key = self._desk, (event.attempt_id, worker.node_id, worker.info.epoch)
-        if isinstance(event, AttemptFinished | AttemptFailed) and desk.closing.pop(key, None) is not None:
-            return  # it ended by itself while our cancel was on its way
-        found = desk.current(event.attempt_id)
-        if found is None:
-            return
-        request, attempt = found
-        leg = attempt.leg_at(worker.node_id, worker.info.epoch)
-        if leg is None or not leg.open:
-            desk.counters["stale_attempts"] += 1
-            return
-        desk.note(request, now_s, _word(event), worker.node_id)
-        match event:
-            case Reserved():
-                self._on_reserved(request, attempt, leg)
-            case Refused():
-                self._on_refused(request, attempt, leg, event, now_s)
-            case PrefillDone():
-                self._on_prefill_done(request, attempt, leg, event, now_s)
-            case DecodeJoined():
-                self._on_decode_joined(request, attempt, leg, event, now_s)
-            case AttemptFinished():
-                self._on_finished(request, attempt, leg, event, now_s)
-            case AttemptFailed():
-                desk.close_leg(attempt, leg, now_s)
-                desk.lose(request, f"{event.kind} at {worker.node_id}: {event.message}", now_s)
-
-    def _on_reserved(self, request: Request, attempt: Attempt, leg: Leg) -> None:
-        if leg is attempt.decode and not attempt.coupled:
-            attempt.reserved = True
-            request.timers.pop(Timer.RESERVE, None)
-            self._placer.start(request, attempt)
-
-    def _on_refused(self, request: Request, attempt: Attempt, leg: Leg, event: Refused, now_s: float) -> None:
-        self._desk.counters[f"refused_{event.reason}"] += 1
-        if leg is attempt.prefill:
-            if attempt.first_token_id is None:
-                self._placer.refused_by_prefill(request, leg, event.reason, now_s)
-        elif event.reason is RefusalReason.DUPLICATE or request.stream_finished:
-            self._desk.close_leg(attempt, leg, now_s)
-            self._desk.lose(request, f"refused by {leg.node_id}: {event.reason}", now_s)
-        else:
-            self._give_up_decode(request, attempt, leg, now_s)
-
-    def _give_up_decode(self, request: Request, attempt: Attempt, leg: Leg, now_s: float) -> None:
-        self._desk.close_leg(attempt, leg, now_s)
-        request.timers.pop(Timer.RESERVE, None)
-        attempt.decode, attempt.reserved, attempt.started = None, False, False
-        attempt.decode_refused |= {leg.node_id}
-        self._placer.seek_decode(request, now_s)
-
-    def _on_prefill_done(self, request: Request, attempt: Attempt, leg: Leg, event: PrefillDone, now_s: float) -> None:
-        desk, record = self._desk, request.record
-        if leg is not attempt.prefill or attempt.first_token_id is not None:
-            desk.counters["stale_attempts"] += 1
-            return
-        attempt.first_token_id = event.first_token_id
-        desk.release_prefill(attempt, now_s)
-        record.keep_stats(request.number, "prefill", event.stats)
-        if record.prefill_done_s is None:
-            record.prefill_done_s = now_s - request.arrived_s
-        if event.finish_reason is not None:
-            desk.close_leg(attempt, leg, now_s)
-            self._ended_well(request, attempt, now_s)
-        elif request.stream_finished:
-            desk.forget(request, Outcome.FINISHED, "", now_s)
-        elif attempt.coupled:
-            self._decodes(request, attempt, leg, now_s)
-        else:
-            wait_s = desk.config.phase_wait_s + desk.config.phase_factor * attempt.predicted_s
-            waits = {t.value: at_s for t, at_s in request.timers.items() if t in (Timer.RESERVE, Timer.SEEK)}
-            request.set_phase(Phase.JOINING, join=now_s + wait_s, **waits)
-            self._placer.start(request, attempt)
-
-    def _on_decode_joined(
-        self, request: Request, attempt: Attempt, leg: Leg, event: DecodeJoined, now_s: float
-    ) -> None:
-        if leg is not attempt.decode or attempt.first_token_id is None:
-            self._desk.counters["stale_attempts"] += 1
-            return
-        request.record.keep_stats(request.number, "decode", event.stats)
-        if not attempt.coupled:
-            self._desk.close_leg(attempt, attempt.prefill, now_s)
-            self._decodes(request, attempt, leg, now_s)
-
-    def _decodes(self, request: Request, attempt: Attempt, leg: Leg, now_s: float) -> None:
-        """The sequence is in the batch: from here on only the request's own deadline bounds it."""
-        worker = self._desk.view.at(leg.node_id, leg.epoch)
-        if worker is not None:
-            worker.join_decode(attempt.attempt_id)
-        attempt.joined_s = now_s
-        if request.record.decode_joined_s is None:
-            request.record.decode_joined_s = now_s - request.arrived_s
-        if not request.stream_finished:
-            request.set_phase(Phase.DECODING)
-
-    def _on_finished(self, request: Request, attempt: Attempt, leg: Leg, event: AttemptFinished, now_s: float) -> None:
-        desk = self._desk
-        if leg is not attempt.decode:
-            desk.counters["stale_attempts"] += 1
-            return
-        request.record.keep_stats(request.number, "decode", event.stats)
-        request.record.output_tokens = event.num_output_tokens
-        desk.output_tokens.see(float(event.num_output_tokens))
-        if attempt.joined_s is not None:
-            desk.decode_s.see(now_s - attempt.joined_s)
-        desk.close_leg(attempt, leg, now_s)
-        self._ended_well(request, attempt, now_s)
-
-    def _ended_well(self, request: Request, attempt: Attempt, now_s: float) -> None:
-        """The last token has left the worker that said so. The other half, if it still runs, is not needed."""
-        for leg in attempt.legs():
-            self._desk.cancel_leg(attempt, leg, "the output is complete", now_s)
-        if request.stream_finished:
-            self._desk.forget(request, Outcome.FINISHED, "", now_s)
-        else:
-            request.set_phase(Phase.FINISHING)
-
-    def _on_closed(self, worker: Worker, event: Closed) -> None:
-        if self._desk.closing.pop((event.attempt_id, worker.node_id, worker.info.epoch), None) is None:
-            self._desk.counters["closed_unawaited"] += 1
+                self._progress.on_event(worker, event, now_s)
 
     # ---- time ----
 
@@ -361,19 +223,11 @@ class ConductorMachine:
             case Timer.PREFILL | Timer.JOIN:
                 desk.lose(request, f"{timer} took too long", now_s)
             case Timer.RESERVE:
-                self._reserve_unanswered(request, now_s)
+                self._progress.on_reserve_unanswered(request, now_s)
             case Timer.SEEK:
                 self._placer.seek_decode(request, now_s)
             case Timer.WIND:
                 desk.forget(request, Outcome.FINISHED, "", now_s)
-
-    def _reserve_unanswered(self, request: Request, now_s: float) -> None:
-        attempt = request.attempt
-        assert attempt is not None
-        assert attempt.decode is not None
-        leg = attempt.decode
-        self._desk.cancel_leg(attempt, leg, "no answer to reserve", now_s)
-        self._give_up_decode(request, attempt, leg, now_s)
 
     def _place_held(self, now_s: float) -> None:
         """A worker became ready: those who waited for one come first, in their order of arrival."""
@@ -401,8 +255,3 @@ def _speaks_from(request: Request, attempt: Attempt, node_id: NodeId, epoch: Epo
         return True
     first_was_last = request.phase is Phase.FINISHING and attempt.joined_s is None
     return first_was_last if leg is not attempt.decode else request.phase is not Phase.PREFILLING
-
-
-def _word(event: AttemptEvent) -> str:
-    name = type(event).__name__
-    return f"{name}: {event.reason}" if isinstance(event, Refused) else name

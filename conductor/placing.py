@@ -247,8 +247,7 @@ class Placer:
         desk.send(worker.node_id, worker.info.epoch, reserve_command(request, attempt, source, now_s))
 
     def _book_decode(self, attempt: Attempt, query: Query, worker: Worker) -> None:
-        expected = min(query.tokens_max, query.num_tokens + query.output_tokens)
-        worker.book_decode(attempt.attempt_id, DecodeBook(query.num_tokens, query.blocks(expected)))
+        worker.book_decode(attempt.attempt_id, DecodeBook(query.num_tokens, query.blocks_expected))
 
     def _worker(self, node_id: NodeId) -> Worker:
         worker = self._desk.view.get(node_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from conductor.config import ConductorConfig
@@ -12,8 +13,8 @@ from conductor.view import Worker
 from core.cost import NOTHING, Estimate
 from halfmoon.types import BlockHash, NodeId
 
-SOURCES_MAX = 2
-"""Holders of the longest prefixes that are considered as senders: the longest and the runner-up."""
+SENDERS_MAX = 2
+"""Copies of a prefix that are priced per candidate: the longest, and a shorter one at a less busy worker."""
 
 FetchRule = Callable[[int, int, float, float], bool]
 """(own blocks, remote blocks, seconds if fetched, seconds if recomputed) -> fetch?"""
@@ -42,6 +43,11 @@ class Query:
 
     def blocks(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+    @cached_property
+    def blocks_expected(self) -> int:
+        """Decode room that it will probably need."""
+        return self.blocks(min(self.tokens_max, self.num_tokens + self.output_tokens))
 
 
 class PrefillScore(NamedTuple):
@@ -106,10 +112,17 @@ class Sender(NamedTuple):
 
 
 def senders(alive: Sequence[Worker], matched: Mapping[NodeId, int]) -> list[Sender]:
-    """The holders of the longest prefixes, those with less to send first among equals."""
+    """The holders worth asking: each next one has a shorter prefix and less to send than all before it.
+
+    A candidate that is among them needs only those before it, for no other holds more than it does.
+    """
     holders = [Sender(w, matched[w.node_id]) for w in alive if w.node_id in matched]
     holders.sort(key=lambda s: (-s.blocks, s.worker.sending_bytes, s.worker.node_id))
-    return holders[: SOURCES_MAX + 1]  # one of them may be the candidate itself
+    worth: list[Sender] = []
+    for sender in holders:
+        if not worth or sender.worker.sending_bytes < worth[-1].worker.sending_bytes:
+            worth.append(sender)
+    return worth[:SENDERS_MAX]
 
 
 def score_prefill(
@@ -128,8 +141,8 @@ def score_prefill(
     cost, context = worker.cost, own_blocks * query.block_size
     compute, fetch, source, fetch_blocks = cost.prefill_s(query.num_tokens - context, context), NOTHING, None, 0
     for sender in holders:
-        if sender.worker is worker or sender.blocks <= own_blocks:
-            continue
+        if sender.blocks <= own_blocks:
+            break
         num_bytes = (sender.blocks - own_blocks) * query.block_bytes + sender.worker.sending_bytes
         moved = cost.transfer_s(num_bytes, sender.worker.node_id)
         context = sender.blocks * query.block_size
@@ -137,7 +150,7 @@ def score_prefill(
         if fetches(own_blocks, sender.blocks, moved.seconds + rest.seconds, compute.seconds + fetch.seconds):
             compute, fetch, source, fetch_blocks = rest, moved, sender.worker.node_id, sender.blocks - own_blocks
     queue_s = worker.queue_s(now_s)
-    mixing = _mixing(query, worker, own_blocks + fetch_blocks)
+    mixing = _mixing(query, worker, own_blocks + fetch_blocks) if worker.coupled else NOTHING
     return PrefillScore(
         worker.node_id,
         queue_s + fetch.seconds + compute.seconds + mixing.seconds,
@@ -155,13 +168,13 @@ def score_prefill(
 
 def score_decode(query: Query, worker: Worker, own_blocks: int, config: ConductorConfig, now_s: float) -> DecodeScore:
     """The state of this worker once everything booked and this request have joined its batch."""
-    step = worker.cost.decode_step_s(worker.batch + 1, worker.kv_tokens + query.num_tokens)
-    stall = _stall(worker, now_s)
+    batch = worker.batch + 1
+    step = worker.cost.decode_step_s(batch, worker.kv_tokens + query.num_tokens)
+    stall = _stall(worker, now_s) if worker.coupled else NOTHING
     tbt_s = step.seconds + stall.seconds
     tbt_load = tbt_s / (query.slo.tbt_s or config.slo.tbt_s or tbt_s or 1.0)
-    need = query.blocks(min(query.tokens_max, query.num_tokens + query.output_tokens))
-    blocks_load = (worker.decode_blocks + need) / max(1, worker.info.num_device_blocks)
-    room_load = max(blocks_load, (worker.batch + 1) / max(1, worker.info.sequences_max))
+    blocks_load = (worker.decode_blocks + query.blocks_expected) / max(1, worker.info.num_device_blocks)
+    room_load = max(blocks_load, batch / max(1, worker.info.sequences_max))
     return DecodeScore(
         worker.node_id,
         max(tbt_load, room_load),
@@ -184,7 +197,7 @@ def fits_decode(query: Query, worker: Worker) -> bool:
 
 
 def _mixing(query: Query, worker: Worker, cached_blocks: int) -> Estimate:
-    if not worker.coupled or worker.batch == 0:
+    if worker.batch == 0:
         return NOTHING
     new = query.num_tokens - cached_blocks * query.block_size
     passes = -(-new // max(1, worker.info.tokens_per_pass_max))
@@ -193,7 +206,7 @@ def _mixing(query: Query, worker: Worker, cached_blocks: int) -> Estimate:
 
 
 def _stall(worker: Worker, now_s: float) -> Estimate:
-    waiting_s = worker.queue_s(now_s) if worker.coupled else 0.0
+    waiting_s = worker.queue_s(now_s)
     if waiting_s == 0.0:
         return NOTHING
     one_pass = worker.cost.prefill_s(max(1, worker.info.tokens_per_pass_max), 0)

@@ -252,10 +252,12 @@ class ClusterView:
 
     def why_unavailable(self, now_s: float) -> str:
         """In words, which pool is missing and what its workers are doing; empty if requests can be served."""
-        ready = self.ready(now_s)
-        roles = {w.info.role for w in ready}
-        if Role.COUPLED in roles or {Role.PREFILL, Role.DECODE} <= roles:
-            return ""
+        roles: set[Role] = set()
+        for worker in self._workers.values():
+            if worker.state(now_s, self._config.suspect_s) is WorkerState.READY:
+                roles.add(worker.info.role)
+                if Role.COUPLED in roles or len(roles) > 1:
+                    return ""
         missing = [role for role in (Role.PREFILL, Role.DECODE) if role not in roles]
         return "; ".join(f"no {role} worker is ready ({self._states(role, now_s)})" for role in missing)
 

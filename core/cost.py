@@ -136,18 +136,18 @@ class LinearFit:
 
 
 class Span:
-    """The smallest and largest value seen of one input."""
+    """The range of one input that was seen, stretched a little."""
 
     def __init__(self) -> None:
-        self.low = math.inf
-        self.high = -math.inf
+        self._low = math.inf
+        self._high = -math.inf
 
     def see(self, value: float) -> None:
-        self.low = min(self.low, value)
-        self.high = max(self.high, value)
+        self._low = min(self._low, value / RANGE_STRETCH)
+        self._high = max(self._high, value * RANGE_STRETCH)
 
     def holds(self, value: float) -> bool:
-        return self.low <= value * RANGE_STRETCH and value <= self.high * RANGE_STRETCH
+        return self._low <= value <= self._high
 
 
 class _TransferFit:

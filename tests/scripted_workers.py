@@ -96,6 +96,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
     hold_first_token_s: float = 0.0
     mute: bool = False  # no more load reports
     skip: set[int] = field(default_factory=set)  # output indices that are never sent (once each)
+    fingerprint: Fingerprint = FINGERPRINT
     commands: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
             epoch=Epoch(self.epoch),
             role=self.role,
             address=self.address,
-            fingerprint=FINGERPRINT,
+            fingerprint=self.fingerprint,
             num_device_blocks=4096,
             num_dram_blocks=0,
             block_bytes=1024,

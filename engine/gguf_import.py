@@ -49,7 +49,7 @@ def _import(path: Path, directory: Path) -> None:
     try:
         try:
             _write(path, temporary)
-        except (ValueError, KeyError, IndexError, OSError, NotImplementedError, ImportError) as error:
+        except (ValueError, KeyError, IndexError, OSError, RuntimeError, ImportError) as error:
             raise CheckpointError(f"{path}: cannot be read as GGUF (cut short?): {error}") from error
         temporary.chmod(0o755)
         for file in temporary.iterdir():

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 from engine.checkpoint_files import CheckpointFiles, open_checkpoint
 from engine.default_model import NAME as DEFAULT_MODEL
 from engine.default_model import default_model_directory
-from engine.protocol import Engine, KvLayout, ModelInfo
+from engine.protocol import Engine, KvLayout, ModelInfo, Tokenizer
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     import torch
-
-    from engine.tokenizer import Tokenizer
 
 FAKE_MODEL = "fake"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}

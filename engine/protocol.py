@@ -97,3 +97,39 @@ class Engine(Protocol):
     def close(self) -> None:
         """Release the device and the pool. Idempotent."""
         ...
+
+
+class TextStream(Protocol):
+    """Token ids of one reply in, its text out as soon as it is whole characters."""
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes; "" while a character is incomplete, or for a special token."""
+        ...
+
+    def finish(self) -> str:
+        """What an incomplete last character leaves: replacement characters, or "". The stream is over."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """What the front end asks of a tokenizer (engine.tokenizer.Tokenizer, engine.fake_tokenizer.FakeTokenizer).
+
+    `eos_token_ids` end a reply; `vocab_size` counts added tokens; `generation_defaults` are the checkpoint's own
+    temperature, top_p and top_k, where it sets them.
+    """
+
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    generation_defaults: dict[str, float]
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def render_chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raises: InvalidRequest: no template, or messages that it refuses."""
+        ...
+
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """An incremental decoder for what follows `context`, whose text is not repeated."""
+        ...

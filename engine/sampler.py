@@ -44,8 +44,8 @@ def sample(logits: Logits, params: SamplingParams, position: int) -> Sampled:
 
 def noise(seed: int, position: int, count: int) -> NDArray[np.float64]:
     """Uniform in (0, 1), [count]: entry t belongs to token t, whatever `count` is."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, position, 0, 0]))
-    return np.maximum(generator.random(count), 2.0**-54)  # never 0: its logarithm is taken
+    words = np.random.Philox(key=seed, counter=[0, position, 0, 0]).random_raw(count)  # a stream that numpy keeps
+    return np.maximum((words >> np.uint64(11)) * 2.0**-53, 2.0**-54)  # never 0: its logarithm is taken
 
 
 def _draw(logits: Logits, params: SamplingParams, position: int) -> int:

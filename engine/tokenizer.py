@@ -130,7 +130,7 @@ def _convert(directory: Path) -> FastTokenizer:
 
     try:
         return AutoTokenizer.from_pretrained(str(directory)).backend_tokenizer
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, TypeError, LookupError) as error:
         raise CheckpointError(f"{directory}: no {TOKENIZER}, and nothing to make one from: {error}") from error
 
 

@@ -42,7 +42,7 @@ BANNED_CALLS = {
 
 ALLOWED_CALLS: dict[str, tuple[str, ...]] = {
     r"\bos\.environ|\bos\.getenv": ("service/settings.py",),
-    r"except Exception": ("service/run.py",),
+    r"except Exception": ("service/run.py", "engine/tokenizer.py"),  # tokenizers raises nothing narrower
 }
 
 MODULES = modules()

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from cli.tables import cluster_table, milliseconds, requests_table
+from cli.tables import cluster_table, make_console, milliseconds, requests_table
 from halfmoon.client import Client, Result
 
 ADDRESS = click.option("--address", default="127.0.0.1:50051", show_default=True, help="The cluster's client API.")
@@ -39,7 +39,7 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
 @sampling_options
 def generate(address: str, prompt: str, raw: bool, as_json: bool, stop: tuple[str, ...], **options: Any) -> None:
     """Answer one PROMPT, streaming."""
-    console = Console(highlight=False)
+    console = make_console()
     given = {k: v for k, v in options.items() if v is not None} | ({"stop": stop} if stop else {})
     with Client(address) as client:
         start = client.generate if raw else lambda p, **o: client.chat([{"role": "user", "content": p}], **o)
@@ -60,7 +60,7 @@ def generate(address: str, prompt: str, raw: bool, as_json: bool, stop: tuple[st
 @sampling_options
 def chat(address: str, system: str | None, **options: Any) -> None:
     """Talk to the model; an empty line or Ctrl-D ends. Earlier turns are found again as KV blocks."""
-    console = Console(highlight=False)
+    console = make_console()
     given = {k: v for k, v in options.items() if v is not None}
     with Client(address) as client:
         session = client.chat_session([{"role": "system", "content": system}] if system else [])
@@ -77,12 +77,12 @@ def chat(address: str, system: str | None, **options: Any) -> None:
 @ADMIN
 def status(address: str, admin: str) -> None:
     """The cluster as the conductor sees it."""
-    console = Console()
+    console = make_console()
     with Client(address, admin_address=admin) as client:
         cluster = client.cluster()
     console.print(cluster_table(cluster))
     for name, count in sorted(cluster.counters.items()):
-        console.print(f"  {name} {count}", highlight=False)
+        console.print(f"  {name} {count}")
 
 
 def _ask(console: Console) -> str:

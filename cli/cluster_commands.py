@@ -12,6 +12,7 @@ import uvloop
 from rich.console import Console
 
 from cli.demo import run_demo
+from cli.tables import make_console
 from cluster.local import LocalCluster
 from cluster.plan import ClusterConfig
 from cluster.process import Progress
@@ -55,7 +56,7 @@ def cluster_config(file: str | None, given: dict[str, object], name: str) -> Clu
 def up(file: str | None, **given: object) -> None:
     """Start a cluster in the foreground; Ctrl-C drains it."""
     config = cluster_config(file, given, "default")
-    uvloop.run(_up(config, Console(highlight=False)))
+    uvloop.run(_up(config, make_console()))
 
 
 @click.command()
@@ -65,7 +66,7 @@ def demo(file: str | None, timeout: float, **given: object) -> None:
     """Start a cluster, answer several prompts on it, print what happened, stop it."""
     given = {"port": 0, "admin_port": 0} | {k: v for k, v in given.items() if v is not None}
     config = cluster_config(file, given, "demo")
-    uvloop.run(run_demo(config, Console(highlight=False), show_progress, timeout))
+    uvloop.run(run_demo(config, make_console(), show_progress, timeout))
 
 
 @click.command()

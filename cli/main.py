@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 import click
-from rich.console import Console
 
 from cli.client_commands import chat, generate, status
 from cli.cluster_commands import config, demo, up
+from cli.tables import make_console
 from halfmoon.errors import HalfmoonError
 
 
@@ -19,7 +19,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except HalfmoonError as error:
-            Console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}", highlight=False)
+            make_console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}")
             sys.exit(1)
 
 

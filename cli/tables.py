@@ -1,13 +1,23 @@
-"""Pure: results as tables that a person reads."""
+"""Shell: results as tables that a person reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from halfmoon.client import Cluster, Result
+
+WIDTH_OF_FILES = 130
+"""Columns where the output is no terminal: the tables below fit."""
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """The one way output is printed: a terminal's own width, or a fixed one in files and pipes."""
+    console = Console(highlight=False, stderr=stderr)
+    return console if console.is_terminal else Console(highlight=False, stderr=stderr, width=WIDTH_OF_FILES)
 
 
 def milliseconds(seconds: float) -> str:

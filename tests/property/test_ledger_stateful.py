@@ -7,8 +7,11 @@ right label, no slot belongs to two sequences unless both read the same full blo
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -19,9 +22,11 @@ from kv_store.tiers import KvCache
 from kv_store.values import Move, Opened, Place
 
 Path = tuple[int, ...]
+WALKS, STEPS_IN_A_WALK = 60, 150
 ROOMY_DRAM = 64  # more than all names and parked tails together: then nothing may ever be lost
 
-paths = st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple)
+picks = st.integers(0, 63)  # which of the sequences, pins or names that there are
+paths = st.lists(st.integers(0, 1), min_size=1, max_size=3).map(tuple)
 
 
 def names_of(path: Path) -> list[BlockHash]:
@@ -31,21 +36,21 @@ def names_of(path: Path) -> list[BlockHash]:
 
 @dataclass
 class TwinSequence:
-    """What the owner believes: `labels[i]` is what its block i must hold (None: nothing written yet)."""
+    """What the owner believes: `labels[i]` is what its block i must hold."""
 
     names: list[BlockHash]
-    labels: list[bytes | None]
+    labels: list[bytes]
     num_committed: int
     slots: list[int] = field(default_factory=list)
     state: str = "running"
 
 
 class TiersAgainstBytes(RuleBasedStateMachine):
-    @initialize(num_device=st.integers(2, 7), num_dram=st.sampled_from([0, 1, 3, 6, ROOMY_DRAM]))
+    @initialize(num_device=st.integers(4, 9), num_dram=st.sampled_from([ROOMY_DRAM, 0, 3, 6, ROOMY_DRAM]))
     def start(self, num_device: int, num_dram: int) -> None:
         self.cache = KvCache(num_device_slots=num_device, num_dram_slots=num_dram, block_size=16)
         self.num = {Tier.DEVICE: num_device, Tier.DRAM: num_dram}
-        self.bytes: dict[tuple[Tier, int], bytes | None] = {}
+        self.bytes: dict[tuple[Tier, int], bytes] = {}
         self.sequences: dict[AttemptId, TwinSequence] = {}
         self.pins: dict[tuple[str, Place], BlockHash] = {}
         self.contents: dict[tuple[Tier, int, int], BlockHash] = {}
@@ -58,14 +63,15 @@ class TiersAgainstBytes(RuleBasedStateMachine):
 
     # ---- what sequences do ----
 
-    @rule(path=paths, extra=st.integers(0, 2), use_hits=st.none() | st.integers(0, 4))
-    def open(self, path: Path, extra: int, use_hits: int | None) -> None:
+    @precondition(lambda self: len(self._owners("running")) < 3)  # more would only leave no room to play in
+    @rule(path=paths, extra=st.integers(0, 2), use_hits=st.none() | st.integers(0, 4), insist=st.booleans())
+    def open(self, path: Path, extra: int, use_hits: int | None, insist: bool) -> None:
         num_blocks = min(len(path) + extra, self.num[Tier.DEVICE])
         owner = AttemptId(RequestId(f"r{self._next()}"), 1)
         names = names_of(path)
         could = self.cache.available(Tier.DEVICE) >= num_blocks
         opened = self.cache.open(owner, names, num_blocks, self.now_s, use_hits=use_hits)
-        if opened is None and could:
+        if opened is None and could and insist:
             self._do_all_moves()
             opened = self.cache.open(owner, names, num_blocks, self.now_s, use_hits=use_hits)
             assert opened is not None, "the moves are done and there was room"
@@ -76,59 +82,59 @@ class TiersAgainstBytes(RuleBasedStateMachine):
         self._seat(owner, TwinSequence(names, list(names[: len(opened.hits)]), len(opened.hits)), opened)
 
     @precondition(lambda self: self._owners("running"))
-    @rule(data=st.data())
-    def compute_and_commit(self, data: st.DataObject) -> None:
-        owner, sequence = self._pick(data, "running")
+    @rule(pick=picks, most=st.sampled_from([3, 1, 0]), seconds=st.sampled_from([0.0, 1.0]))
+    def compute(self, pick: int, most: int, seconds: float) -> None:
+        """At most so many full blocks are computed and committed, and the beginning of the next one."""
+        self.now_s += seconds
+        owner, sequence = self._pick(pick, "running")
+        for _ in range(most):
+            index = sequence.num_committed
+            if index >= min(len(sequence.names), len(sequence.slots)) or self._is_loading(sequence, index):
+                return
+            self._write(sequence, index, sequence.names[index])
+            self.cache.commit(owner, index, sequence.names[index], self.now_s)
+            self.known.add(sequence.names[index])
+            sequence.num_committed += 1
         index = sequence.num_committed
-        if index >= min(len(sequence.names), len(sequence.slots)):
-            return
-        self._write(sequence, index, sequence.names[index])
-        self.cache.commit(owner, index, sequence.names[index], self.now_s)
-        sequence.num_committed += 1
-        self.known.add(sequence.names[index])
+        if index < len(sequence.slots) and not self._is_loading(sequence, index):
+            self._write_tail(sequence, index)
 
-    @precondition(lambda self: self._owners("running"))
-    @rule(data=st.data())
-    def compute_a_tail(self, data: st.DataObject) -> None:
-        _, sequence = self._pick(data, "running")
-        index = sequence.num_committed
-        if index < len(sequence.slots) and sequence.slots[index] not in self._filling(Tier.DEVICE):
-            self._write(sequence, index, b"private-%d" % self._next())
-
-    @precondition(lambda self: self._owners("running"))
-    @rule(data=st.data())
-    def grow(self, data: st.DataObject) -> None:
-        owner, sequence = self._pick(data, "running")
+    @precondition(lambda self: self._owners("running") and self.cache.available(Tier.DEVICE))
+    @rule(pick=picks, insist=st.booleans())
+    def grow(self, pick: int, insist: bool) -> None:
+        owner, sequence = self._pick(pick, "running")
         could = self.cache.available(Tier.DEVICE) >= 1
         slot = self.cache.grow(owner, self.now_s)
-        if slot is None and could:
+        if slot is None and could and insist:
             self._do_all_moves()
             slot = self.cache.grow(owner, self.now_s)
             assert slot is not None
         if slot is not None:
             sequence.slots.append(slot)
-            sequence.labels.append(None)
-            self.bytes[Tier.DEVICE, slot] = None
+            sequence.labels.append(b"")
+            self._write_tail(sequence, len(sequence.slots) - 1)
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def close(self, data: st.DataObject) -> None:
-        owner = data.draw(st.sampled_from(sorted(self.sequences)))
-        del self.sequences[owner]
-        self.cache.close(owner, self.now_s)
+    @rule(pick=picks, how=st.sampled_from(["close", "close", "quarantine"]))
+    def leave(self, pick: int, how: str) -> None:
+        owner, sequence = self._pick(pick, "running", "parked", "quarantined")
+        if how == "quarantine" and sequence.state != "quarantined":
+            self.cache.quarantine(owner)
+            sequence.state = "quarantined"
+        else:
+            del self.sequences[owner]
+            self.cache.close(owner, self.now_s)
 
     @precondition(lambda self: self._owners("running", "parked"))
-    @rule(data=st.data())
-    def quarantine(self, data: st.DataObject) -> None:
-        owner, sequence = self._pick(data, "running", "parked")
-        self.cache.quarantine(owner)
-        sequence.state = "quarantined"
+    @rule(pick=picks, fewer=st.integers(0, 2), insist=st.booleans())
+    def preempt_or_resume(self, pick: int, fewer: int, insist: bool) -> None:
+        owner, sequence = self._pick(pick, "running", "parked")
+        if sequence.state == "running":
+            self._park(owner, sequence, max(0, len(sequence.slots) - fewer))
+        else:
+            self._unpark(owner, sequence, insist)
 
-    @precondition(lambda self: self._owners("running"))
-    @rule(data=st.data())
-    def park(self, data: st.DataObject) -> None:
-        owner, sequence = self._pick(data, "running")
-        keep = data.draw(st.integers(0, len(sequence.slots)))
+    def _park(self, owner: AttemptId, sequence: TwinSequence, keep: int) -> None:
         room = self.cache.available(Tier.DRAM)
         before = (self.cache.counts(Tier.DEVICE), self.cache.counts(Tier.DRAM))
         if not self.cache.park(owner, keep, self.now_s):
@@ -140,13 +146,10 @@ class TiersAgainstBytes(RuleBasedStateMachine):
         sequence.slots = []
         sequence.num_committed = min(sequence.num_committed, keep)
 
-    @precondition(lambda self: self._owners("parked"))
-    @rule(data=st.data())
-    def unpark(self, data: st.DataObject) -> None:
-        owner, sequence = self._pick(data, "parked")
+    def _unpark(self, owner: AttemptId, sequence: TwinSequence, insist: bool) -> None:
         could = self.cache.available(Tier.DEVICE) >= len(sequence.labels)
         opened = self.cache.unpark(owner, self.now_s)
-        if opened is None and could:
+        if opened is None and could and insist:
             self._do_all_moves()
             opened = self.cache.unpark(owner, self.now_s)
             assert opened is not None
@@ -158,31 +161,26 @@ class TiersAgainstBytes(RuleBasedStateMachine):
     # ---- what peers, the shell and time do ----
 
     @precondition(lambda self: self.known)
-    @rule(data=st.data())
-    def pin(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.known)))
-        holder = f"grant-{self._next()}"
+    @rule(pick=picks, wants=st.booleans())
+    def a_peer_pins_or_unpins(self, pick: int, wants: bool) -> None:
+        if self.pins and not wants:
+            holder, place = sorted(self.pins, key=repr)[pick % len(self.pins)]
+            del self.pins[holder, place]
+            self.cache.unpin_copy(place, holder)
+            return
+        name, holder = sorted(self.known)[pick % len(self.known)], f"grant-{self._next()}"
         tiers = self.cache.match([name])
-        place = self.cache.pin_copy(name, holder)
-        assert (place.tier if place else None) == (tiers[0] if tiers else None)
-        if place is not None:
-            self.pins[holder, place] = name
+        pinned = self.cache.pin_copy(name, holder)
+        assert (pinned.tier if pinned else None) == (tiers[0] if tiers else None)
+        if pinned is not None:
+            self.pins[holder, pinned] = name
 
-    @precondition(lambda self: self.pins)
-    @rule(data=st.data())
-    def unpin(self, data: st.DataObject) -> None:
-        holder, place = data.draw(st.sampled_from(sorted(self.pins, key=repr)))
-        del self.pins[holder, place]
-        self.cache.unpin_copy(place, holder)
-
-    @rule(data=st.data())
-    def some_moves_are_done(self, data: st.DataObject) -> None:
-        self._take_moves()
-        self._do_moves([move for move in data.draw(st.permutations(self.out)) if data.draw(st.booleans())])
-
-    @rule(seconds=st.sampled_from([0.0, 1.0]))
-    def time_passes(self, seconds: float) -> None:
-        self.now_s += seconds
+    @precondition(lambda self: self.out)
+    @rule(order=st.integers(0, 2**32 - 1), share=st.sampled_from([1.0, 0.5]))
+    def some_moves_are_done(self, order: int, share: float) -> None:
+        """Any of them, in any order: each direction has its own threads and its own pace."""
+        luck = random.Random(order)
+        self._do_moves([move for move in luck.sample(self.out, len(self.out)) if luck.random() < share])
 
     @rule()
     def observe(self) -> None:
@@ -218,12 +216,12 @@ class TiersAgainstBytes(RuleBasedStateMachine):
 
     @invariant()
     def everyone_reads_what_it_wrote(self) -> None:
-        readers: dict[int, list[bytes | None]] = {}
+        readers: dict[int, list[bytes]] = {}
         for owner, sequence in self.sequences.items():
             assert self.cache.slots(owner) == tuple(sequence.slots)
             for slot, label in zip(sequence.slots, sequence.labels, strict=False):
                 readers.setdefault(slot, []).append(label)
-                if label is not None and slot not in self._filling(Tier.DEVICE):
+                if slot not in self._filling(Tier.DEVICE):
                     assert self.bytes[Tier.DEVICE, slot] == label
         for slot, labels in readers.items():
             shared_full_block = labels[0] in self.known and len(set(labels)) == 1
@@ -266,26 +264,31 @@ class TiersAgainstBytes(RuleBasedStateMachine):
     def _owners(self, *states: str) -> list[AttemptId]:
         return sorted(owner for owner, s in self.sequences.items() if s.state in states)
 
-    def _pick(self, data: st.DataObject, *states: str) -> tuple[AttemptId, TwinSequence]:
-        owner = data.draw(st.sampled_from(self._owners(*states)))
+    def _pick(self, pick: int, *states: str) -> tuple[AttemptId, TwinSequence]:
+        owners = self._owners(*states)
+        owner = owners[pick % len(owners)]
         return owner, self.sequences[owner]
 
     def _seat(self, owner: AttemptId, sequence: TwinSequence, opened: Opened) -> None:
-        """Take over the table, scribbling over the slots that are said to be empty."""
+        """Take over the table, writing into the slots that are said to be empty."""
         sequence.slots = list(opened.slots)
         self.sequences[owner] = sequence
         self._take_moves()
         assert opened.loading == {i for i, slot in enumerate(opened.slots) if slot in self._filling(Tier.DEVICE)}
         for i in range(len(sequence.labels), len(opened.slots)):
-            sequence.labels.append(None)
-            self.bytes[Tier.DEVICE, opened.slots[i]] = None
+            sequence.labels.append(b"")
+            self._write_tail(sequence, i)
+
+    def _is_loading(self, sequence: TwinSequence, index: int) -> bool:
+        return sequence.slots[index] in self._filling(Tier.DEVICE)
 
     def _write(self, sequence: TwinSequence, index: int, label: bytes) -> None:
-        """Compute a block; a tail whose load is still out has to wait for it."""
-        if sequence.slots[index] in self._filling(Tier.DEVICE):
-            self._do_all_moves()
         sequence.labels[index] = label
         self.bytes[Tier.DEVICE, sequence.slots[index]] = label
+
+    def _write_tail(self, sequence: TwinSequence, index: int) -> None:
+        """Something that no other block of any sequence holds."""
+        self._write(sequence, index, b"private-%d" % self._next())
 
     def _filling(self, tier: Tier) -> set[int]:
         return {move.target.slot for move in self.out if move.target.tier is tier}
@@ -296,7 +299,7 @@ class TiersAgainstBytes(RuleBasedStateMachine):
     def _do_moves(self, moves: list[Move]) -> None:
         for move in moves:
             self.out.remove(move)
-            source = self.bytes.get((move.source.tier, move.source.slot))
+            source = self.bytes.get((move.source.tier, move.source.slot), b"nothing")
             self.bytes[move.target.tier, move.target.slot] = source
         self.cache.on_moved(moves, self.now_s)
 
@@ -307,5 +310,44 @@ class TiersAgainstBytes(RuleBasedStateMachine):
 
 TestTiersAgainstBytes = TiersAgainstBytes.TestCase
 TestTiersAgainstBytes.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+@pytest.mark.parametrize("num_dram", [0, 3, 6, ROOMY_DRAM])
+def test_long_walks(num_dram: int) -> None:
+    """The same rules in long seeded walks: deeper than a search that also shrinks can afford to go."""
+    for seed in range(WALKS):
+        luck = random.Random(seed)
+        machine = TiersAgainstBytes()
+        machine.start(luck.randint(4, 9), num_dram)
+        for _ in range(STEPS_IN_A_WALK):
+            one_step(machine, luck)
+            machine.books_are_right()
+            machine.device_states_follow_from_who_is_there()
+            machine.everyone_reads_what_it_wrote()
+            machine.visible_copies_hold_what_their_names_say()
+        machine.teardown()
+
+
+def one_step(machine: TiersAgainstBytes, luck: random.Random) -> None:
+    pick, flag = luck.randrange(64), luck.random() < 0.3
+    running, parked = machine._owners("running"), machine._owners("parked")
+    steps: list[Callable[[], None]] = [machine.observe]
+    if len(running) < 3:
+        path = tuple(luck.choices((0, 1), k=luck.randint(1, 3)))
+        use_hits = luck.choice([None, None, 0, 1, 2])
+        steps += [lambda: machine.open(path, luck.randint(0, 2), use_hits, flag)] * 3
+    if running:
+        steps += [lambda: machine.compute(pick, luck.choice([3, 1, 0]), luck.choice([0.0, 1.0]))] * 3
+    if running and machine.cache.available(Tier.DEVICE):
+        steps.append(lambda: machine.grow(pick, flag))
+    if running or parked:
+        steps += [lambda: machine.preempt_or_resume(pick, luck.randint(0, 2), flag)] * 2
+    if machine.sequences:
+        steps.append(lambda: machine.leave(pick, luck.choice(["close", "close", "quarantine"])))
+    if machine.known:
+        steps.append(lambda: machine.a_peer_pins_or_unpins(pick, flag))
+    if machine.out:
+        steps += [lambda: machine.some_moves_are_done(luck.randrange(2**32), luck.choice([1.0, 0.5, 0.2]))] * 2
+    luck.choice(steps)()

@@ -388,7 +388,7 @@ def test_a_reader_that_stops_reading_stalls_only_itself() -> None:
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     [event async for event in call]
                 assert caught.value.code() is grpc.StatusCode.CANCELLED
-                assert "the reader" in caught.value.details()
+                assert "the reader" in str(caught.value.details())
 
     run(story())
 

@@ -1,0 +1,95 @@
+"""The log of emitted tokens: which of them count."""
+
+from __future__ import annotations
+
+import pytest
+
+from conductor.streams import AHEAD_MAX, StreamLog, Verdict
+from core.messages import AttemptStats, Token
+from halfmoon.types import AttemptId, FinishReason, NodeId, RequestId
+
+
+def attempt(number: int) -> AttemptId:
+    return AttemptId(RequestId("r"), number)
+
+
+def token(index: int, number: int = 1, reason: FinishReason | None = None, node: str = "") -> Token:
+    stats = AttemptStats(node_id=NodeId(node)) if node else None
+    return Token(attempt_id=attempt(number), index=index, token_id=100 + index, finish_reason=reason, stats=stats)
+
+
+def begun(number: int = 1) -> StreamLog:
+    log = StreamLog()
+    log.begin(attempt(number))
+    return log
+
+
+def offer(log: StreamLog, *tokens: Token) -> list[Verdict]:
+    return [log.offer(t, now_s=0.0)[0] for t in tokens]
+
+
+def test_tokens_in_order_are_accepted_and_repeats_dropped() -> None:
+    log = begun()
+    assert offer(log, token(0), token(1), token(1), token(0)) == ["accepted", "accepted", "duplicate", "duplicate"]
+    assert log.token_ids == (100, 101)
+
+
+def test_an_overtaking_token_waits_for_the_one_before() -> None:
+    log = begun()
+    assert log.offer(token(2), 1.0) == (Verdict.AHEAD, [])
+    assert log.offer(token(1), 2.0) == (Verdict.AHEAD, [])
+    assert log.offer(token(1), 2.0) == (Verdict.DUPLICATE, [])
+    assert log.hole_since_s == 1.0
+    verdict, appended = log.offer(token(0), 3.0)
+    assert (verdict, [t.index for t in appended]) == (Verdict.ACCEPTED, [0, 1, 2])
+    assert log.hole_since_s is None
+
+
+def test_a_hole_behind_a_filled_hole_counts_from_then() -> None:
+    log = begun()
+    offer(log, token(1), token(4))
+    log.offer(token(0), 5.0)
+    assert (log.token_ids, log.hole_since_s) == ((100, 101), 5.0)
+
+
+def test_too_far_ahead_is_no_race() -> None:
+    log = begun()
+    verdicts = offer(log, *(token(i) for i in range(1, AHEAD_MAX + 2)))
+    assert verdicts == [Verdict.AHEAD] * AHEAD_MAX + [Verdict.OVERFLOW]
+
+
+def test_only_the_current_attempt_counts() -> None:
+    log = StreamLog()
+    assert offer(log, token(0)) == ["stale"]
+    log.begin(attempt(1))
+    offer(log, token(0), token(2))
+    assert log.suspend() == (100,)
+    assert log.hole_since_s is None
+    assert offer(log, token(1)) == ["stale"]
+    log.begin(attempt(2))
+    assert offer(log, token(1), token(2), token(1, 2), token(2, 2)) == ["stale", "stale", "accepted", "accepted"]
+    assert log.token_ids == (100, 101, 102)
+
+
+def test_attempts_only_rise() -> None:
+    log = begun(2)
+    log.suspend()
+    with pytest.raises(AssertionError, match="r#2 after attempt 2"):
+        log.begin(attempt(2))
+
+
+def test_nothing_follows_the_last_token() -> None:
+    log = begun()
+    offer(log, token(1, reason=FinishReason.STOP), token(2), token(0))
+    assert (log.token_ids, log.finish_reason) == ((100, 101), FinishReason.STOP)
+    assert offer(log, token(2)) == ["after_end"]
+
+
+def test_stats_are_told_apart_by_where_they_ride() -> None:
+    log = begun()
+    offer(log, token(0, node="p"), token(1), token(2, node="d"))
+    log.suspend()
+    log.begin(attempt(2))
+    offer(log, token(3, 2, node="q"), token(4, 2, node="e"))
+    assert [s.node_id for s in log.prefill_stats] == ["p", "q"]
+    assert [s.node_id for s in log.decode_stats] == ["d", "e"]

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 from core.messages import PassSample, TransferSample
 
-FORGETTING = 0.99
-"""Weight of a sample after one more: a model follows a change within some hundred passes."""
+FORGETTING = 0.97
+"""Weight of a sample after one more: a model follows a change within a hundred passes, which are seconds."""
 
-PRIOR_VARIANCE = 1e4
+PRIOR_VARIANCE = 1e3
 """Of each coefficient, relative to its prior: the first samples outvote the prior, unseen directions keep it."""
 
-VARIANCE_TRACE_MAX = 1e6
+VARIANCE_TRACE_MAX = 1e4
 """Above it forgetting pauses: samples that all look alike must not blow up what was learned before."""
 
 SAMPLES_MIN = 8

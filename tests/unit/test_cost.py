@@ -1,0 +1,138 @@
+"""The cost models learn what workers measured, say when they guess, and refuse nonsense."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from core.cost import CostPrior, LinearFit, WorkerCost
+from core.messages import PassSample, TransferSample
+from halfmoon.types import NodeId
+
+PRIOR = CostPrior(prefill=(0.01, 1e-3, 1e-7), decode=(0.02, 1e-3, 1e-6), transfer=(1e-3, 1e-9))
+
+
+def prefill_pass(new: int, context: int, seconds: float, batch: int = 0, kv_tokens: int = 0) -> PassSample:
+    return PassSample(new_tokens=new, context_tokens=context, batch=batch, kv_tokens=kv_tokens, seconds=seconds)
+
+
+def decode_pass(batch: int, kv_tokens: int, seconds: float) -> PassSample:
+    return PassSample(new_tokens=0, context_tokens=0, batch=batch, kv_tokens=kv_tokens, seconds=seconds)
+
+
+def true_prefill_s(new: int, context: int) -> float:
+    return 0.03 + 2e-4 * new + 5e-8 * (new * context + new * new / 2)
+
+
+def taught(noise: float = 0.0) -> WorkerCost:
+    rng = random.Random(1)
+    cost = WorkerCost(PRIOR, tokens_per_pass_max=512)
+    for _ in range(200):
+        new, context, batch, kv = rng.randint(1, 512), rng.randint(0, 4000), rng.randint(1, 32), rng.randint(10, 30_000)
+        blur = 1.0 + noise * rng.uniform(-1, 1)
+        cost.observe_pass(prefill_pass(new, context, blur * true_prefill_s(new, context)))
+        cost.observe_pass(decode_pass(batch, kv, blur * (0.015 + 4e-4 * batch + 2e-7 * kv)))
+    return cost
+
+
+def test_before_any_sample_the_prior_answers_and_says_so() -> None:
+    cost = WorkerCost(PRIOR, tokens_per_pass_max=512)
+    assert cost.prefill_s(100, 0) == (pytest.approx(0.01 + 0.1 + 1e-7 * 5000), False)
+    assert cost.decode_step_s(4, 1000) == (pytest.approx(0.02 + 0.004 + 0.001), False)
+    assert cost.transfer_s(1_000_000) == (pytest.approx(0.002), False)
+
+
+def test_nothing_to_do_costs_nothing_for_certain() -> None:
+    cost = WorkerCost(PRIOR, tokens_per_pass_max=512)
+    assert cost.prefill_s(0, 100) == cost.decode_step_s(0, 0) == cost.transfer_s(0) == (0.0, True)
+
+
+def test_exact_measurements_are_learned_exactly() -> None:
+    cost = taught()
+    assert cost.prefill_s(300, 2000) == (pytest.approx(true_prefill_s(300, 2000), rel=1e-3), True)
+    assert cost.decode_step_s(10, 9000) == (pytest.approx(0.015 + 0.004 + 0.0018, rel=1e-3), True)
+    assert cost.residuals()["prefill"].error < 1e-3
+
+
+def test_noisy_measurements_are_learned_nearly_and_the_residual_tells_the_noise() -> None:
+    cost = taught(noise=0.2)
+    assert cost.prefill_s(300, 2000).seconds == pytest.approx(true_prefill_s(300, 2000), rel=0.1)
+    assert 0.03 < cost.residuals()["decode"].error < 0.2
+
+
+def test_a_long_prompt_pays_the_constant_once_per_pass() -> None:
+    cost = taught()
+    whole, parts = cost.prefill_s(1536, 0), [cost.prefill_s(512, done) for done in (0, 512, 1024)]
+    assert whole.seconds == pytest.approx(sum(p.seconds for p in parts))
+
+
+def test_outside_the_fitted_range_it_says_so() -> None:
+    cost = taught()
+    assert cost.prefill_s(400, 4000).in_range
+    assert not cost.prefill_s(400, 40_000).in_range
+    assert not cost.decode_step_s(64, 9000).in_range
+    assert not cost.transfer_s(1000).in_range
+
+
+def test_a_change_of_speed_is_followed() -> None:
+    cost = taught()
+    for _ in range(100):
+        cost.observe_pass(decode_pass(8, 8000, 0.1))
+        cost.observe_pass(decode_pass(16, 20_000, 0.12))
+    assert cost.decode_step_s(8, 8000).seconds == pytest.approx(0.1, rel=0.05)
+
+
+def test_samples_that_all_look_alike_do_not_spoil_what_was_learned() -> None:
+    cost = taught()
+    for _ in range(5000):
+        cost.observe_pass(decode_pass(1, 500, 0.015 + 4e-4 + 1e-4))
+    assert cost.decode_step_s(1, 500).seconds == pytest.approx(0.0155, rel=0.01)
+    assert 0.0 < cost.decode_step_s(30, 20_000).seconds < 0.1
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1.0, 0.0])
+def test_what_is_no_duration_is_refused_and_counted(seconds: float) -> None:
+    cost = WorkerCost(PRIOR, tokens_per_pass_max=512)
+    cost.observe_pass(prefill_pass(10, 0, seconds))
+    cost.observe_pass(decode_pass(1, 10, seconds))
+    cost.observe_pass(decode_pass(0, 0, 0.1))
+    cost.observe_transfer(TransferSample(source=NodeId("p"), link="shm", num_bytes=10, seconds=seconds))
+    cost.observe_transfer(TransferSample(source=NodeId("p"), link="shm", num_bytes=-1, seconds=0.1))
+    assert [r.refused for r in cost.residuals().values()] == [1, 2, 2]
+    assert cost.prefill_s(100, 0).seconds == pytest.approx(0.1105)
+
+
+def test_predictions_are_never_negative() -> None:
+    fit = LinearFit((0.01, 1e-3))
+    for x, seconds in ((1.0, 1.0), (100.0, 0.01), (1000.0, 0.001)) * 20:
+        fit.observe((1.0, x), seconds)
+    assert all(c >= 0.0 for c in fit.coefficients)
+    assert fit.predict((1.0, 1e6)) >= 0.0
+
+
+def test_a_mixed_pass_counts_for_prefill_less_its_decode_part() -> None:
+    cost = taught()
+    before = cost.prefill_s(300, 2000).seconds
+    for _ in range(50):
+        cost.observe_pass(prefill_pass(300, 2000, before + 8 * 4e-4 + 8000 * 2e-7, batch=8, kv_tokens=8000))
+    assert cost.prefill_s(300, 2000).seconds == pytest.approx(before, rel=0.01)
+
+
+def test_a_slow_sender_is_known_as_such() -> None:
+    cost = WorkerCost(PRIOR, tokens_per_pass_max=512)
+    for mib in range(1, 40):
+        for source, bandwidth in (("near", 4e9), ("far", 1e8)):
+            num_bytes = mib << 20
+            cost.observe_transfer(
+                TransferSample(source=NodeId(source), link="l", num_bytes=num_bytes, seconds=num_bytes / bandwidth)
+            )
+    assert cost.transfer_s(20 << 20, "near") == (pytest.approx((20 << 20) / 4e9, rel=0.05), True)
+    assert cost.transfer_s(20 << 20, "far") == (pytest.approx((20 << 20) / 1e8, rel=0.05), True)
+
+
+def test_what_was_learned_is_the_prior_of_a_newcomer() -> None:
+    newcomer = WorkerCost(taught().learned(), tokens_per_pass_max=512)
+    estimate = newcomer.prefill_s(300, 2000)
+    assert estimate == (pytest.approx(true_prefill_s(300, 2000), rel=1e-3), False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from core.messages import Command, LoadReport, PrefillCommand, RefusalReason, Refused
+from core.messages import CancelCommand, Command, LoadReport, PrefillCommand, RefusalReason, Refused
 from decode_worker.machine import DecodeConfig, DecodeMachine
 from engine.protocol import Sampled
 from halfmoon.types import AttemptId, BlockHash, NodeId, Tier, TransferId
@@ -79,11 +79,13 @@ class CoupledMachine:
                 free_blocks=self._cache.available(Tier.DEVICE),
             )
             return [Report(event=refused)]
-        prefills = isinstance(command, PrefillCommand) or getattr(command, "attempt_id", None) in (
-            self._prefill.attempts()
-        )
-        machine = self._prefill if prefills else self._decode
+        machine = self._prefill if self._concerns_prefill(command) else self._decode
         return self._effects(machine.on_command(command, now_s), now_s)
+
+    def _concerns_prefill(self, command: Command) -> bool:
+        if isinstance(command, CancelCommand):
+            return command.attempt_id in self._prefill.attempts()
+        return isinstance(command, PrefillCommand)
 
     def _decode_is_full(self) -> bool:
         """Counting those that will be adopted."""

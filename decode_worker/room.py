@@ -1,10 +1,11 @@
 """Pure: who may hold the decode worker's DEVICE slots: admission, growth, preemption, resumption.
 
 Why nobody waits for ever. Attempts have one total order, urgency, fixed when they come. A sequence that needs a slot
-takes it from less urgent ones only, least urgent first: parked in DRAM, or failed where DRAM is full too. So the most
-urgent sequence can always go on: whatever the others hold it may take, what is neither running nor parkable (a pull)
-ends by its deadline or is failed for it, and its longest output fits the pool, or it would not have been accepted.
-When it has ended, the next one is the most urgent. Admission leaves spare slots, so that this is the exception.
+takes it from less urgent ones only: the least urgent that can be is parked in DRAM. The most urgent sequence of all may
+do more: if nothing can be parked (DRAM is full, or a peer is still filling the blocks), the least urgent attempt fails
+for it. So it always goes on, to its end, since its longest output fits the pool, or it would not have been accepted;
+then the next one is the most urgent. The others may sit out some steps, and keep what they have.
+Admission leaves spare slots, so that all this is the exception.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ class Room:
         victims = [a for a in reversed(self._attempts.live()) if a.on_device and a.urgency > needy.urgency]
         if any(self._park(victim, now_s) for victim in victims if victim.quiet):
             return True
-        if not victims or any(v.loading for v in victims):
+        if not victims or any(v.loading for v in victims) or needy is not self._placed()[0]:
             return False  # what is loading can be parked in a moment
-        self._attempts.fail(victims[0], FailureKind.NO_ROOM, "preempted, and DRAM has no room for its blocks", now_s)
+        self._attempts.fail(victims[0], FailureKind.NO_ROOM, f"its blocks were needed for {needy.attempt_id}", now_s)
         return True
 
     def _park(self, victim: DecodeAttempt, now_s: float) -> bool:

@@ -234,13 +234,13 @@ class TiersAgainstBytes(RuleBasedStateMachine):
         for copy in self.cache.snapshot():
             assert copy.block_hash in self.known
         for name in self.known:
-            place = self.cache.pin_copy(name, "probe")
-            if place is None:
+            found = self.cache.pin_copy(name, "probe")
+            if found is None:
                 assert self.num[Tier.DRAM] != ROOMY_DRAM, f"{name!r} was lost"
                 continue
-            assert self.bytes[place.tier, place.slot] == name
-            assert self.contents.setdefault((place.tier, place.slot, place.generation), name) == name
-            self.cache.unpin_copy(place, "probe")
+            assert self.bytes[found.tier, found.slot] == name
+            assert self.contents.setdefault((found.tier, found.slot, found.generation), name) == name
+            self.cache.unpin_copy(found, "probe")
 
     def teardown(self) -> None:
         """Whatever happened, everything can be released, and then all but ready blocks is free."""

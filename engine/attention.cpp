@@ -25,26 +25,24 @@ struct Lanes {
 };
 constexpr Lanes kIndex;
 
-// The working memory of one unit.
+// The working memory of one unit. K and V take turns in `panels`, so that each stays in L1 while all rows meet it.
 struct Work {
+  int64_t width;   // dim rounded up to whole panels
   float* q;        // [rows][dim], times scale and log2(e)
+  float* weights;  // [rows][kKeys]: scores, then weights
   float* sum;      // [rows][width]: weighted values, not yet divided
   float* total;    // [rows][kLanes]: weights, lane by lane
   float* highest;  // [rows]: the greatest score so far
-  float* weights;  // [kTileRows][kKeys]
-  float* keys;     // panels [kKeys / kPanel][dim][kPanel]
-  float* values;   // panels [width / kPanel][kKeys][kPanel]
-  int64_t width;   // dim rounded up to whole panels
+  float* panels;   // K [kKeys / kPanel][dim][kPanel], or V [width / kPanel][kKeys][kPanel]
 
   Work(Scratch& scratch, int64_t rows, int64_t dim) : width(round_up(dim, kPanel)) {
-    const int64_t q_size = round_up(rows * dim, 16), highest_size = round_up(rows, 16);
-    q = scratch.room(q_size + rows * (width + kLanes) + highest_size + kKeys * (kTileRows + dim + width));
-    keys = q + q_size;
-    values = keys + kKeys * dim;
-    weights = values + kKeys * width;
-    sum = weights + kTileRows * kKeys;
+    const int64_t highest_size = round_up(rows, 16);
+    panels = scratch.room(kKeys * width + rows * (kKeys + 2 * width + kLanes) + highest_size);
+    weights = panels + kKeys * width;
+    sum = weights + rows * kKeys;
     total = sum + rows * width;
     highest = total + rows * kLanes;
+    q = highest + highest_size;
   }
 };
 
@@ -59,16 +57,17 @@ template <class T>
 void find_rows(const Attention<T>& job, const AttentionUnit& unit, int64_t first_key, int64_t end, Rows<T>& rows) {
   alignas(64) static const T zeros[kDimMax] = {};
   const T* head = job.layer + unit.kv_head * job.kv_head_stride;
-  for (int64_t i = 0; i < kKeys; ++i) {
-    const int64_t key = first_key + i;
-    if (key >= end) {
-      rows.k[i] = rows.v[i] = zeros;
-      continue;
+  const int64_t count = std::min(kKeys, end - first_key), v_offset = job.block_size * job.dim;
+  int64_t block = first_key / job.block_size, offset = first_key % job.block_size;
+  for (int64_t i = 0; i < count; ++block, offset = 0) {
+    const T* k = head + unit.block_table[block] * job.slot_stride + offset * job.dim;
+    for (; i < count && offset < job.block_size; ++i, ++offset, k += job.dim) {
+      rows.k[i] = k;
+      rows.v[i] = k + v_offset;
     }
-    const int64_t block = key / job.block_size, offset = key - block * job.block_size;
-    rows.k[i] = head + unit.block_table[block] * job.slot_stride + offset * job.dim;
-    rows.v[i] = rows.k[i] + job.block_size * job.dim;
   }
+  std::fill(rows.k + count, rows.k + kKeys, zeros);
+  std::fill(rows.v + count, rows.v + kKeys, zeros);
 }
 
 template <class T>
@@ -113,11 +112,17 @@ void pack_keys(const Rows<T>& rows, int64_t dim, float* keys) {
 
 template <class T>
 void pack_values(const Rows<T>& rows, int64_t dim, float* values) {
-  for (int64_t i = 0; i < kKeys; ++i)
-    by_lanes(dim, [&](int64_t d, int64_t count) {
-      float* panel = values + d / kPanel * kKeys * kPanel + i * kPanel + d % kPanel;
-      store(panel, load_upto(rows.v[i] + d, count));
-    });
+  for (int64_t d = 0; d < dim; d += kPanel, values += kKeys * kPanel)
+    for (int64_t i = 0; i < kKeys; ++i) {
+      const T* v = rows.v[i] + d;
+      const int64_t count = dim - d;
+      store(values + i * kPanel, count >= kLanes ? load(v) : load_some(v, count));
+      if (count >= kPanel) {
+        store(values + i * kPanel + kLanes, load(v + kLanes));
+      } else {
+        store(values + i * kPanel + kLanes, load_some(v + kLanes, std::max<int64_t>(0, count - kLanes)));
+      }
+    }
 }
 
 template <class T>
@@ -174,22 +179,32 @@ void soften(const Work& work, int64_t r, float* scores, int64_t low, int64_t hig
   store(work.total + r * kLanes, total);
 }
 
-// Adds one tile of keys, of which the first `depth` exist, to rows [first, first + count) of the unit.
 template <class T>
-void add_tile(const Attention<T>& job, const AttentionUnit& unit, const Work& work, int64_t first_key, int64_t depth,
-              int64_t first, int64_t count) {
+void score(const Attention<T>& job, const Work& work, int64_t rows) {
+  std::fill_n(work.weights, rows * kKeys, 0.0f);
+  by_tile_rows(rows, [&](int64_t first, int64_t count) {
+    tile_rows(count, work.q + first * job.dim, job.dim, work.panels, job.dim * kPanel, kKeys / kPanel, job.dim,
+              work.weights + first * kKeys, kKeys);
+  });
+}
+
+// Scores become weights, of the keys that each row sees.
+template <class T>
+void soften_rows(const Attention<T>& job, const AttentionUnit& unit, const Work& work, int64_t first_key) {
   const int64_t group = job.num_heads / job.num_kv_heads;
-  std::fill_n(work.weights, count * kKeys, 0.0f);
-  tile_rows(count, work.q + first * job.dim, job.dim, work.keys, job.dim * kPanel, kKeys / kPanel, job.dim,
-            work.weights, kKeys);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t position = unit.position + (first + i) / group;
+  for (int64_t r = 0; r < unit.num_rows * group; ++r) {
+    const int64_t position = unit.position + r / group;
     const int64_t low = job.window ? std::max<int64_t>(0, position - job.window + 1 - first_key) : 0;
-    const int64_t high = std::min(position + 1 - first_key, kKeys);
-    soften(work, first + i, work.weights + i * kKeys, low, high);
+    soften(work, r, work.weights + r * kKeys, low, std::min(position + 1 - first_key, kKeys));
   }
-  tile_rows(count, work.weights, kKeys, work.values, kKeys * kPanel, work.width / kPanel, depth,
-            work.sum + first * work.width, work.width);
+}
+
+// Adds the first `depth` values of the tile.
+void add_values(const Work& work, int64_t rows, int64_t depth) {
+  by_tile_rows(rows, [&](int64_t first, int64_t count) {
+    tile_rows(count, work.weights + first * kKeys, kKeys, work.panels, kKeys * kPanel, work.width / kPanel, depth,
+              work.sum + first * work.width, work.width);
+  });
 }
 
 template <class T>
@@ -213,24 +228,24 @@ void attend(const Attention<T>& job, const AttentionUnit& unit) {
   thread_local Scratch scratch;
   const int64_t rows = unit.num_rows * (job.num_heads / job.num_kv_heads), end = unit.position + unit.num_rows;
   const Work work(scratch, rows, job.dim);
-  std::fill_n(work.values, kKeys * work.width, 0.0f);
   std::fill_n(work.sum, rows * (work.width + kLanes), 0.0f);
   std::fill_n(work.highest, rows, kLowest);
   load_queries(job, unit, work.q);
   const int64_t seen_from = job.window ? std::max<int64_t>(0, unit.position - job.window + 1) : 0;
+  const int64_t first_key = seen_from / kKeys * kKeys;
   Rows<T> now, next;
-  find_rows(job, unit, seen_from / kKeys * kKeys, end, next);
-  for (int64_t key = seen_from / kKeys * kKeys; key < end; key += kKeys) {
+  find_rows(job, unit, first_key, end, next);
+  for (int64_t key = first_key; key < end; key += kKeys) {
     now = next;
     if (key + kKeys < end) {
       find_rows(job, unit, key + kKeys, end, next);
       prefetch(next, job.dim);
     }
-    pack_keys(now, job.dim, work.keys);
-    pack_values(now, job.dim, work.values);
-    by_tile_rows(rows, [&](int64_t first, int64_t count) {
-      add_tile(job, unit, work, key, std::min(kKeys, end - key), first, count);
-    });
+    pack_keys(now, job.dim, work.panels);
+    score(job, work, rows);
+    soften_rows(job, unit, work, key);
+    pack_values(now, job.dim, work.panels);
+    add_values(work, rows, std::min(kKeys, end - key));
   }
   store_rows(job, unit, work);
 }

@@ -69,7 +69,15 @@ inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
 inline F32 load(const float* p) { return load_as<F32>(p); }
 
-inline F32 load(const bf16* p) { return (F32)(__builtin_convertvector(load_as<U16>(p), U32) << 16); }
+inline U32 widen(U16 v) {
+#if defined(__AVX2__) && HALFMOON_LANES == 8
+  return (U32)_mm256_cvtepu16_epi32((__m128i)v);  // GCC 12 makes three instructions of the conversion below
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+
+inline F32 load(const bf16* p) { return (F32)(widen(load_as<U16>(p)) << 16); }
 
 inline void store(float* p, F32 v) { store_as(p, v); }
 

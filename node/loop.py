@@ -280,16 +280,18 @@ class NodeLoop:
             self._invariant_checks += 1
 
     def _perform(self, effects: Sequence[Effect]) -> None:
-        """Perform in order. Blocks that the same call stored are announced first: a hand-over comes after them."""
-        self._collect()
+        """Tokens first, since a client waits for them; then blocks that the same call stored are announced, so that a
+        hand-over comes after them; then the rest, in order."""
         steps: dict[str, list[Token]] = {}
         for effect in effects:
             if isinstance(effect, Emit):
                 steps.setdefault(effect.front_end, []).append(effect.token)
-            else:
-                self._performers[type(effect)](effect)
         for front_end, tokens in steps.items():
             self._streams.emit(front_end, tokens)
+        self._collect()
+        for effect in effects:
+            if not isinstance(effect, Emit):
+                self._performers[type(effect)](effect)
 
     def _collect(self) -> None:
         """Pass on what the cache decided: moves to the mover, news to the conductor and to waiting pulls."""

@@ -27,7 +27,7 @@ def load_engine(config: NodeConfig) -> Engine:
         threads=config.threads,
     )
     if config.model == FAKE_MODEL and config.fake_pass_s > 0:
-        from engine.fake import SleepingEngine
+        from engine.fake_sleep import SleepingEngine
 
         return SleepingEngine(engine, pass_s=config.fake_pass_s)
     return engine

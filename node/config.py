@@ -10,6 +10,7 @@ from halfmoon.types import NodeId
 MIB = 1 << 20
 POOL_SHARE = 8  # of what is free, by default, for each tier: four workers with two tiers each fit on a host
 POOL_BYTES_MAX = 2 << 30  # and not more than this without being asked: 90,000 tokens of a 135M model in bfloat16
+BLOCKS_DEFAULT_MAX = 65_536  # and not more slots than this: their books take memory and start-up time of their own
 BLOCKS_MAX = 16_000_000  # ten times the largest pool designed for: a typing error, not a pool
 
 
@@ -88,7 +89,7 @@ class NodeConfig:
         Args:
             free_bytes: memory that this process may still take.
         """
-        share = min(free_bytes // POOL_SHARE, POOL_BYTES_MAX) // block_bytes
+        share = min(min(free_bytes // POOL_SHARE, POOL_BYTES_MAX) // block_bytes, BLOCKS_DEFAULT_MAX)
         device = self.device_blocks or self.device_mib * MIB // block_bytes or max(1, share)
         if self.dram_mib < 0:
             return device, 0

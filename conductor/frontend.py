@@ -219,7 +219,8 @@ class FrontEnd:
             usage=usage_of(
                 num_prompt_tokens=len(session.spec.token_ids),
                 num_output_tokens=len(stream.tokens),
-                stats=[*stream.prefill_stats, *stream.decode_stats],
+                prefill_stats=stream.prefill_stats,
+                decode_stats=stream.decode_stats,
                 summary=summary,
             ),
             timings=timings_of(

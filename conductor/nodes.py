@@ -62,9 +62,9 @@ class NodeLink:
             try:
                 await self._connect_and_serve()
             except HalfmoonError as error:
-                self._lost(str(error))
-            except BaseException:
-                self._lost("this conductor ends its link")
+                self._lost(str(error), logging.WARNING)
+            except asyncio.CancelledError:
+                self._lost("this conductor ends its link", logging.INFO)
                 raise
             if self._owner.clock() - started_s > self._config.node_silence_s:
                 backoff_s = self._config.backoff_s
@@ -123,7 +123,7 @@ class NodeLink:
             raise PeerLost(f"{self}: at its address answers epoch {snapshot.info.epoch}")
         differences = self._owner.fingerprint.differences(snapshot.info.fingerprint)
         if differences:  # the machine lists it and does not use it
-            log.error("serves another model", extra=fields(node=self.info.node_id, differences="; ".join(differences)))
+            log.error("serves another model", extra=fields(peer=self.info.node_id, differences="; ".join(differences)))
 
     def _join(self, snapshot: Snapshot) -> None:
         self.info = snapshot.info
@@ -132,17 +132,17 @@ class NodeLink:
         self._commands = asyncio.Queue(self._config.commands_max)
         self._broken.clear()
         self.joined = True
-        log.info("joined", extra=fields(node=self.info.node_id, epoch=self.info.epoch, role=self.info.role.value))
+        log.info("joined", extra=fields(peer=self.info.node_id, epoch=self.info.epoch, role=self.info.role.value))
         self._driver.node_joined(self.info)
         self._driver.worker_event(self.info.node_id, self.info.epoch, snapshot)
 
-    def _lost(self, reason: str) -> None:
+    def _lost(self, reason: str, level: int) -> None:
         if not self.joined:
             log.debug("not reached: %s", reason)
             return
         self.joined = False
         self._owner.counters["nodes_lost"] += 1
-        log.warning("lost", extra=fields(node=self.info.node_id, epoch=self.info.epoch, reason=reason))
+        log.log(level, "lost", extra=fields(peer=self.info.node_id, epoch=self.info.epoch, reason=reason))
         self._driver.node_lost(self.info.node_id, self.info.epoch, reason)
 
     # ---- the streams; each of these ends only by raising ----
@@ -167,7 +167,7 @@ class NodeLink:
             if self._owner.clock() - opened_s < self._config.backoff_s:
                 raise PeerLost(f"{self}: its token stream breaks at once: {reason}")
             await asyncio.sleep(self._config.backoff_s)  # a dead node's control stream breaks meanwhile
-            log.warning("token stream broke", extra=fields(node=self.info.node_id, reason=reason))
+            log.warning("token stream broke", extra=fields(peer=self.info.node_id, reason=reason))
             self._owner.counters["token_streams_broken"] += 1
             call = self._open_tokens(stub)
             self._driver.tokens_lost(self.info.node_id, self.info.epoch)

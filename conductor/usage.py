@@ -21,23 +21,30 @@ class Moments:
 
 
 def usage_of(
-    *, num_prompt_tokens: int, num_output_tokens: int, stats: Sequence[AttemptStats], summary: RequestSummary
+    *,
+    num_prompt_tokens: int,
+    num_output_tokens: int,
+    prefill_stats: Sequence[AttemptStats],
+    decode_stats: Sequence[AttemptStats],
+    summary: RequestSummary,
 ) -> pb.Usage:
-    """Sums over every worker that reported, over all attempts; `overlap` is weighted by pulled bytes."""
-    pulled_bytes = sum(s.pulled_bytes for s in stats)
-    weighted = sum(s.overlap * s.pulled_bytes for s in stats)
+    """Sums over all attempts. What became of the prompt is told by prefill workers alone: a decode worker's hits save
+    transfers, its computed tokens are output. `overlap` is the decode workers', weighted by pulled bytes."""
+    stats = [*prefill_stats, *decode_stats]
+    decode_bytes = sum(s.pulled_bytes for s in decode_stats)
+    weighted = sum(s.overlap * s.pulled_bytes for s in decode_stats)
     return pb.Usage(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=num_output_tokens,
-        prefix_hit_tokens_device=sum(s.hit_tokens_device for s in stats),
-        prefix_hit_tokens_dram=sum(s.hit_tokens_dram for s in stats),
-        prefix_hit_tokens_remote=sum(s.hit_tokens_remote for s in stats),
-        computed_prompt_tokens=sum(s.computed_tokens for s in stats),
+        prefix_hit_tokens_device=sum(s.hit_tokens_device for s in prefill_stats),
+        prefix_hit_tokens_dram=sum(s.hit_tokens_dram for s in prefill_stats),
+        prefix_hit_tokens_remote=sum(s.hit_tokens_remote for s in prefill_stats),
+        computed_prompt_tokens=sum(s.computed_tokens for s in prefill_stats),
         decode_prefilled_tokens=sum(s.decode_prefilled_tokens for s in stats),
         kv_blocks_pulled=sum(s.pulled_blocks for s in stats),
-        kv_bytes_pulled=pulled_bytes,
+        kv_bytes_pulled=sum(s.pulled_bytes for s in stats),
         link=next((s.link for s in reversed(stats) if s.link), ""),
-        overlap=weighted / pulled_bytes if pulled_bytes else 0.0,
+        overlap=weighted / decode_bytes if decode_bytes else 0.0,
         attempts=summary.attempts,
         preemptions=sum(s.preemptions for s in stats),
         prefill_node=summary.prefill_node,

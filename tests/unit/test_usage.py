@@ -13,14 +13,20 @@ PREFILL = AttemptStats(
 )  # fmt: skip
 DECODE = AttemptStats(
     node_id=NodeId("d"), pull_s=0.125, pulled_blocks=7, pulled_bytes=700, link="shm", overlap=1.0, preemptions=1,
-    compute_s=9.0, decode_prefilled_tokens=2,
+    compute_s=9.0, computed_tokens=9, hit_tokens_device=16, decode_prefilled_tokens=2,
 )  # fmt: skip
 EARLIER = AttemptStats(node_id=NodeId("e"), pulled_blocks=1, pulled_bytes=100, link="torch", overlap=0.2)
 SUMMARY = RequestSummary(attempts=2, prefill_node="p", decode_node="d", stats=(), predicted_ttft_s=1.5)
 
 
 def test_sums_over_workers_and_attempts() -> None:
-    usage = usage_of(num_prompt_tokens=112, num_output_tokens=9, stats=[PREFILL, EARLIER, DECODE], summary=SUMMARY)
+    usage = usage_of(
+        num_prompt_tokens=112,
+        num_output_tokens=9,
+        prefill_stats=[PREFILL],
+        decode_stats=[EARLIER, DECODE],
+        summary=SUMMARY,
+    )
     assert (usage.prompt_tokens, usage.completion_tokens, usage.computed_prompt_tokens) == (112, 9, 60)
     hits = (usage.prefix_hit_tokens_device, usage.prefix_hit_tokens_dram, usage.prefix_hit_tokens_remote)
     assert hits == (32, 16, 4)

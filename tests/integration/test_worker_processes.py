@@ -225,7 +225,7 @@ async def test_starts_that_cannot_succeed_are_refused_in_one_line(tmp_path: Path
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         cases: dict[str, dict[str, Any]] = {
             f"address {address} is in use": {"listen": address},
-            "no-such-model": {"model": "no-such-model"},
+            "config node.device_blocks": {"device_blocks": 10**7, "block_size": 4096},
         }
         workers = {
             message: WorkerProcess("prefill", f"p{number}", tmp_path, **settings)

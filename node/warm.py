@@ -7,7 +7,7 @@ from halfmoon.types import SamplingParams, Tier
 from node.config import NodeConfig
 from node.pools import Pools
 
-WARM_UP_PASSES = 2  # the first one packs and caches, the second one shows that it did
+WARM_UP_TOKENS_MAX = 128  # enough to touch every weight, pack and cache; a full pass would cost seconds on a slow host
 
 
 def load_engine(config: NodeConfig) -> Engine:
@@ -34,18 +34,17 @@ def load_engine(config: NodeConfig) -> Engine:
 
 
 def warm_up(engine: Engine, pools: Pools, config: NodeConfig) -> bool:
-    """Bind the pool and run a full prefill pass and a decode step over it, empty as it is: packs, caches, page faults.
+    """Bind the pool; run a prefill pass and a decode step over it, empty as it is: packs, caches, page faults.
 
     Raises:
         ConfigError: a pool that the engine cannot take.
     """
     num_slots = pools.num_slots(Tier.DEVICE)
     engine.bind(pools.pool, num_slots)
-    num_tokens = min(config.tokens_per_pass_max, num_slots * config.block_size, engine.model.context_tokens_max)
+    room = min(num_slots * config.block_size, engine.model.context_tokens_max)
+    num_tokens = min(config.tokens_per_pass_max, WARM_UP_TOKENS_MAX, room)
     slots = tuple(range(-(-num_tokens // config.block_size)))
-    sampling = SamplingParams(temperature=0.0)
-    for _ in range(WARM_UP_PASSES):
-        if num_tokens > 1:
-            engine.forward([Slice(token_ids=(0,) * (num_tokens - 1), start=0, slots=slots)])
-        engine.forward([Slice(token_ids=(0,), start=num_tokens - 1, slots=slots, sampling=sampling)])
+    if num_tokens > 1:
+        engine.forward([Slice(token_ids=(0,) * (num_tokens - 1), start=0, slots=slots)])
+    engine.forward([Slice(token_ids=(0,), start=num_tokens - 1, slots=slots, sampling=SamplingParams())])
     return True

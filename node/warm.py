@@ -34,11 +34,7 @@ def load_engine(config: NodeConfig) -> Engine:
 
 
 def warm_up(engine: Engine, pools: Pools, config: NodeConfig) -> bool:
-    """Bind the pool; run a prefill pass and a decode step over it, empty as it is: packs, caches, page faults.
-
-    Raises:
-        ConfigError: a pool that the engine cannot take.
-    """
+    """Bind the pool; run a prefill pass and a decode step over it, empty as it is: packs, caches, page faults."""
     num_slots = pools.num_slots(Tier.DEVICE)
     engine.bind(pools.pool, num_slots)
     room = min(num_slots * config.block_size, engine.model.context_tokens_max)

@@ -14,13 +14,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint_files import CONFIG, SINGLE
 from engine.digests import content_digest
 from engine.families import FAMILIES, expected_tensors, parse_config
 from halfmoon.errors import CheckpointError
 from service.settings import cache_directory
+
+if TYPE_CHECKING:
+    import torch
 
 IMPORT_S_MAX = 900.0  # waiting for another process that imports the same file
 EXACT_IN_BF16 = frozenset({"BF16"})
@@ -65,36 +68,45 @@ def _write(path: Path, directory: Path) -> None:
 
     reader = GGUFReader(str(path))
     _refuse_dropped(path, reader)
-    config, tensors = _read(path, _stored_dtype(reader))
-    expected = expected_tensors(parse_config(config))
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise CheckpointError(f"{path}: {len(missing)} of {len(expected)} tensors are missing: {missing[0]}")
-    save_file({name: tensors[name].contiguous() for name in expected}, directory / SINGLE, metadata={"format": "pt"})
+    config = _read_config(path) | {"dtype": _stored_dtype(reader)}
+    save_file(_read_tensors(path, reader, config), directory / SINGLE, metadata={"format": "pt"})
     _write_tokenizer(path, directory)
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _read(path: Path, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """config.json's content and the tensors by their Hugging Face names."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json's content."""
+    from transformers import AutoConfig
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     stated = load_gguf_checkpoint(str(path))["config"]
     family = FAMILIES.get(str(stated.get("model_type")))
     if family is None:
         raise CheckpointError(f"{path}: model family {stated.get('model_type')!r} is not supported")
-    config = AutoConfig.for_model(**stated)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    tensors = load_gguf_checkpoint(
-        str(path), return_tensors=True, model_to_load=skeleton, torch_dtype=getattr(torch, dtype)
-    )["tensors"]
-    content = config.to_dict() | {"architectures": [family.architecture], "dtype": dtype}
-    return {k: v for k, v in content.items() if k != "transformers_version"}, tensors
+    content = AutoConfig.for_model(**stated).to_dict() | {"architectures": [family.architecture]}
+    return {key: value for key, value in content.items() if key != "transformers_version"}
+
+
+def _read_tensors(path: Path, reader: Any, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor that the decoder reads, dequantised, by its Hugging Face name."""
+    import torch
+    from gguf import MODEL_ARCH_NAMES, dequantize, get_tensor_name_map
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    architecture = reader.fields["general.architecture"].contents()
+    key = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(key, config["num_hidden_layers"])
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)  # llama: rows of q and k reordered
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {}
+    for name in expected_tensors(parse_config(config)):
+        stem, _, suffix = name.rpartition(".")
+        found = stored.get(f"{names.get_name(stem)}.{suffix}")
+        if found is None:
+            raise CheckpointError(f"{path}: tensor {name} ({names.get_name(stem)}.{suffix}) is missing")
+        wide = processor.process(weights=dequantize(found.data, found.tensor_type), name=found.name).weights
+        tensors[name] = torch.tensor(wide).to(getattr(torch, config["dtype"]))
+    return tensors
 
 
 def _stored_dtype(reader: Any) -> str:

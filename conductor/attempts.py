@@ -79,7 +79,7 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class Request:
-    """Times are the machine's `now_s`. `number` is the last attempt's; 0 before the first."""
+    """Times are the machine's `now_s`. `number` is the last attempt's; `record.number_before` before the first."""
 
     spec: RequestSpec
     arrived_s: float
@@ -106,9 +106,9 @@ class Request:
         return self.spec.sampling.max_tokens - len(self.emitted)
 
     @property
-    def begun(self) -> bool:
-        """Whether any worker may have done work for it."""
-        return self.number > self.refusals
+    def placed(self) -> bool:
+        """Whether it was placed before, and so accepted."""
+        return self.number > self.record.number_before
 
     def left_s(self, now_s: float) -> float:
         """Seconds until its own deadline: what commands carry, since clocks never cross processes."""

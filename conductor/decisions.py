@@ -60,9 +60,13 @@ class Step:
 
 @dataclass(kw_only=True)
 class DecisionRecord:
-    """Grows until `outcome` is set. Times are seconds since the request arrived."""
+    """Grows until `outcome` is set. Times are seconds since the request arrived.
+
+    `number_before`: the last attempt of an earlier request with the same id, as far as it is remembered.
+    """
 
     request_id: RequestId
+    number_before: int
     tenant: str
     priority: int
     num_prompt_tokens: int
@@ -91,11 +95,16 @@ class DecisionRecord:
         """A worker's later statement about the same leg of an attempt replaces its earlier one."""
         self.stats[f"{number}.{leg}"] = stats
 
+    @property
+    def number(self) -> int:
+        """The last attempt's."""
+        return self.choices[-1].number if self.choices else self.number_before
+
     def summary(self) -> RequestSummary:
         last = self.choices[-1] if self.choices else None
         first = self.choices[0] if self.choices else None
         return RequestSummary(
-            attempts=last.number if last else 0,
+            attempts=self.number - self.number_before,
             prefill_node=last.prefill_node if last else "",
             decode_node=last.decode_node if last else "",
             stats=tuple(self.stats.values()),
@@ -125,8 +134,10 @@ class Decisions:
         self._ended: OrderedDict[RequestId, DecisionRecord] = OrderedDict()
 
     def open(self, spec: RequestSpec, policy: str) -> DecisionRecord:
+        earlier = self._ended.get(spec.request_id)
         record = self._open[spec.request_id] = DecisionRecord(
             request_id=spec.request_id,
+            number_before=earlier.number if earlier is not None else 0,
             tenant=spec.tenant,
             priority=spec.priority,
             num_prompt_tokens=len(spec.token_ids),

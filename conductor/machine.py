@@ -59,13 +59,20 @@ class ConductorMachine:
     # ---- from the front end ----
 
     def on_request(self, spec: RequestSpec, now_s: float) -> list[Effect]:
-        """A new request. Its id must not be that of an open one: such a second one is dropped and counted."""
-        desk = self._desk
-        if spec.request_id in desk.requests:
+        """A new request. Its id must not be that of an open one: such a second one is dropped and counted.
+
+        An id may come again once its stream has ended. Its attempts are then numbered on from the last ones, whose
+        late events must not be taken for theirs.
+        """
+        desk, known = self._desk, self._desk.requests.get(spec.request_id)
+        if known is not None and not known.stream_finished:
             desk.counters["duplicate_requests"] += 1
             return self._took(now_s)
+        if known is not None:
+            desk.forget(known, Outcome.FINISHED, "", now_s)
         record = desk.decisions.open(spec, desk.policy.name)
-        request = desk.requests[spec.request_id] = Request(spec=spec, arrived_s=now_s, record=record)
+        request = Request(spec=spec, arrived_s=now_s, record=record, number=record.number_before)
+        desk.requests[spec.request_id] = request
         request.timers[Timer.DEADLINE] = now_s + spec.deadline_s
         desk.counters["requests"] += 1
         self._placer.admit(request, now_s)
@@ -214,7 +221,7 @@ class ConductorMachine:
                 limit_s = request.spec.deadline_s
                 desk.end(request, Outcome.FAILED, DeadlineExceeded(f"not done within {limit_s:.1f} s"), now_s)
             case Timer.HOLD:
-                outcome = Outcome.FAILED if request.begun else Outcome.REJECTED
+                outcome = Outcome.FAILED if request.failures else Outcome.REJECTED
                 desk.end(request, outcome, Unavailable(request.held_why), now_s)
             case Timer.RETRY:
                 self._placer.place(request, now_s)

@@ -155,7 +155,7 @@ class Placer:
         request.excluded = frozenset()
         hold_s = request.timers.get(Timer.HOLD)
         if hold_s is None:
-            if not (known or request.number > 0 or desk.view.returning(now_s)):
+            if not (known or request.placed or desk.view.returning(now_s)):
                 desk.end(request, Outcome.REJECTED, Unavailable(why), now_s)
                 return
             hold_s = now_s + desk.config.unavailable_grace_s
@@ -166,7 +166,7 @@ class Placer:
     def _judge(self, request: Request, placement: Placement, now_s: float) -> bool:
         """Admission, once per request: what was accepted is not rejected later. False: it has ended."""
         desk = self._desk
-        if request.number > 0:
+        if request.placed:
             return True
         case = Case(
             slo=self._slo(request),
@@ -181,7 +181,7 @@ class Placer:
         refused = refusal(request.record.verdicts)
         if refused is not None:
             at_s = now_s - request.arrived_s
-            request.record.choices.append(desk.decisions.choice(placement, 0, "rejected", at_s))
+            request.record.choices.append(desk.decisions.choice(placement, request.number, "rejected", at_s))
             desk.end(request, Outcome.REJECTED, refused.error(), now_s)
         return refused is None
 

@@ -454,5 +454,23 @@ def test_a_second_request_of_the_same_id_is_dropped() -> None:
     assert play.counter("duplicate_requests") == 1
 
 
+def test_an_id_may_come_again_once_its_stream_has_ended_and_its_attempts_are_numbered_on() -> None:
+    play = Play("p0 d0")
+    play.request(spec("r"))
+    play.finished_stream("r")  # its worker has not said that it has ended
+    assert play.request(spec("r")) == [
+        "d0 <- cancel r#1: finished",
+        "p0 <- cancel r#1: finished",
+        "begin r#2",
+        "d0 <- reserve r#2 40(40) from p0@e1",
+        "p0 <- prefill r#2 40(40)",
+    ]
+    assert play.ended("d0", "r#1") == []
+    assert play.machine.summary(RequestId("r")).attempts == 1
+    play.cancel("r")
+    assert play.books_empty()
+    assert play.request(spec("r"))[0] == "begin r#3"
+
+
 def test_errors_are_typed() -> None:
     assert {Unavailable.status, Rejected.status, InvalidRequest.status} == {14, 8, 3}

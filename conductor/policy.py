@@ -69,8 +69,9 @@ class LeastTtft:
         return min(options, key=_option_order)
 
 
-def _decode_order(score: DecodeScore) -> tuple[bool, bool, int, int, NodeId]:
-    return (score.load > 1.0, score.young, int(score.load / LOAD_STEP), -score.hit_blocks, score.node_id)
+def _decode_order(score: DecodeScore) -> tuple[bool, bool, int, int, float, NodeId]:
+    step = int(score.load / LOAD_STEP)
+    return (score.load > 1.0, score.young, step, -score.hit_blocks, score.load, score.node_id)
 
 
 def _option_order(option: Option) -> tuple[bool, bool, float, float, NodeId]:

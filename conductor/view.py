@@ -145,7 +145,7 @@ class Worker:
         """True: it was booked, and no longer is."""
         if self._prefill.pop(attempt_id, None) is None:
             return False
-        self._queue_s = sum(self._prefill.values())  # summed anew: differences would leave rounding dust
+        self._queue_s = sum(self._prefill.values(), 0.0)  # summed anew: differences would leave rounding dust
         self._head_since_s = now_s
         return True
 
@@ -267,7 +267,7 @@ class ClusterView:
             if worker.info.role in (role, Role.COUPLED):
                 state = worker.state(now_s, self._config.suspect_s)
                 counts[state] = counts.get(state, 0) + 1
-        return ", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "none has joined"
+        return ", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "none is there"
 
     def _prior(self, role: Role) -> CostPrior:
         """What the best-measured worker of the same role has learned, else the configured prior."""

@@ -272,8 +272,8 @@ def test_stale_epochs_and_attempts_are_dropped_and_counted() -> None:
 def test_an_empty_cluster_is_unavailable_at_once_and_says_why() -> None:
     play = Play("")
     assert play.request(spec("r")) == [
-        "end r rejected: Unavailable: no prefill worker is ready (none has joined); "
-        "no decode worker is ready (none has joined)"
+        "end r rejected: Unavailable: no prefill worker is ready (none is there); "
+        "no decode worker is ready (none is there)"
     ]
     play = Play("p0 d0", unavailable_grace_s=5.0)
     play.machine.on_drain(None, play.now_s)
@@ -297,7 +297,7 @@ def test_holding_is_bounded() -> None:
     play.resume("a", [])
     play.request(spec("b"))
     assert play.wait(14.0) == []
-    why = "no decode worker is ready (none has joined)"
+    why = "no decode worker is ready (none is there)"
     assert play.wait(2.0) == [f"end a failed: Unavailable: {why}", f"end b rejected: Unavailable: {why}"]
 
 

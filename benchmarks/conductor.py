@@ -1,0 +1,246 @@
+"""Shell: how fast the conductor decides: placements and KV events per second at the size it is designed for.
+
+100 workers (half prefill, half decode) that hold 1e6 blocks of shared prefixes, prompts of 188 full blocks. Beside the
+whole machine it measures the prefix walk alone, and a naive walk (one set of blocks per worker) as the peer to compare
+with. The raw figures go to benchmarks/results.
+
+    python -m benchmarks.conductor [--blocks 1000000] [--workers 100] [--placements 2000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.record import save
+from conductor.config import ConductorConfig
+from conductor.desk import Layout
+from conductor.effects import RequestSpec
+from conductor.machine import ConductorMachine
+from core.messages import (
+    AttemptFinished,
+    AttemptStats,
+    BlockCopy,
+    DecodeJoined,
+    KvEvents,
+    LoadReport,
+    NodeInfo,
+    PassSample,
+    PrefillDone,
+    Reserved,
+    Snapshot,
+)
+from halfmoon.blocks import Fingerprint
+from halfmoon.types import (
+    AttemptId,
+    BlockHash,
+    Epoch,
+    FinishReason,
+    NodeId,
+    RequestId,
+    Role,
+    SamplingParams,
+    Tier,
+)
+
+BLOCK_SIZE = 64
+PROMPT_BLOCKS = 188
+FINGERPRINT = Fingerprint(
+    weights="bench", num_layers=80, num_kv_heads=8, head_dim=128, rope="rope", block_size=BLOCK_SIZE
+)
+STATS = AttemptStats(node_id=NodeId("bench"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=1_000_000)
+    parser.add_argument("--workers", type=int, default=100)
+    parser.add_argument("--placements", type=int, default=2000)
+    result = run(parser.parse_args())
+    print(json.dumps(result, indent=2))
+    print(save("conductor", result))
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    rng = random.Random(1)
+    chains = [_chain(rng) for _ in range(arguments.blocks // PROMPT_BLOCKS)]
+    infos = [_info(i) for i in range(arguments.workers)]
+    held = {info.node_id: rng.sample(range(len(chains)), k=max(1, len(chains) // 50)) for info in infos}
+    for number in range(len(chains)):  # so that every chain is somewhere
+        held[infos[number % len(infos)].node_id].append(number)
+    machine = _machine()
+    seconds = _timed(lambda: _join(machine, infos, held, chains))
+    copies = sum(len(numbers) for numbers in held.values()) * PROMPT_BLOCKS
+    gc.collect()
+    gc.freeze()
+    return {
+        "workers": len(infos),
+        "blocks": len(chains) * PROMPT_BLOCKS,
+        "copies": copies,
+        "prompt_blocks": PROMPT_BLOCKS,
+        "snapshot_blocks_per_s": round(copies / seconds),
+        "request_whole_life": _lives(machine, chains, infos, arguments.placements, rng),
+        "prefix_walk": _walks(machine, chains, arguments.placements, rng),
+        "prefix_walk_naive": _naive_walks(held, chains, rng),
+        "ingest_events_per_s": _ingest(machine, infos, rng),
+        "node_removal_ms": round(1e3 * _timed(lambda: machine.on_node_lost(*_who(infos[0]), "bench", 1e4)), 2),
+    }
+
+
+def _lives(
+    machine: ConductorMachine, chains: list[list[BlockHash]], infos: list[NodeInfo], count: int, rng: random.Random
+) -> dict[str, float]:
+    """on_request alone is timed as the placement; the events of its whole life go into requests_per_s."""
+    epochs = {info.node_id: info.epoch for info in infos}
+    placing: list[float] = []
+    began_s = time.perf_counter()
+    for number in range(count):
+        spec = _spec(number, chains[rng.randrange(len(chains))])
+        now_s = 100.0 + number * 1e-3
+        placing.append(_timed(lambda spec=spec, now_s=now_s: machine.on_request(spec, now_s)))  # type: ignore[misc]
+        _live_on(machine, spec, epochs, now_s)
+    total_s = time.perf_counter() - began_s
+    return {
+        **_percentiles(placing),
+        "placements_per_s": round(count / sum(placing)),
+        "requests_per_s": round(count / total_s),
+    }
+
+
+def _live_on(machine: ConductorMachine, spec: RequestSpec, epochs: dict[NodeId, Epoch], now_s: float) -> None:
+    attempt_id = AttemptId(spec.request_id, 1)
+    summary = machine.summary(spec.request_id)
+    prefill, decode = NodeId(summary.prefill_node), NodeId(summary.decode_node)
+    done = PrefillDone(attempt_id=attempt_id, first_token_id=1, stats=STATS)
+    finished = AttemptFinished(
+        attempt_id=attempt_id, finish_reason=FinishReason.LENGTH, num_output_tokens=64, stats=STATS
+    )
+    machine.on_worker_event(decode, epochs[decode], Reserved(attempt_id=attempt_id), now_s)
+    machine.on_worker_event(prefill, epochs[prefill], done, now_s)
+    machine.on_worker_event(decode, epochs[decode], DecodeJoined(attempt_id=attempt_id, stats=STATS), now_s)
+    machine.on_worker_event(decode, epochs[decode], finished, now_s)
+    machine.on_stream_finished(spec.request_id, now_s)
+
+
+def _walks(
+    machine: ConductorMachine, chains: list[list[BlockHash]], count: int, rng: random.Random
+) -> dict[str, float]:
+    index = machine._desk.index
+    picks = [chains[rng.randrange(len(chains))] for _ in range(count)]
+    return _percentiles([_timed(lambda chain=chain: index.match(chain)) for chain in picks])  # type: ignore[misc]
+
+
+def _naive_walks(
+    held: dict[NodeId, list[int]], chains: list[list[BlockHash]], rng: random.Random, count: int = 200
+) -> dict[str, float]:
+    sets = {node: {block for number in numbers for block in chains[number]} for node, numbers in held.items()}
+
+    def walk(chain: list[BlockHash]) -> dict[NodeId, int]:
+        matched = {}
+        for node, blocks in sets.items():
+            length = next((i for i, block in enumerate(chain) if block not in blocks), len(chain))
+            if length:
+                matched[node] = length
+        return matched
+
+    picks = [chains[rng.randrange(len(chains))] for _ in range(count)]
+    return _percentiles([_timed(lambda chain=chain: walk(chain)) for chain in picks])  # type: ignore[misc]
+
+
+def _ingest(machine: ConductorMachine, infos: list[NodeInfo], rng: random.Random, messages: int = 2000) -> int:
+    """Messages of 32 stored and 32 removed blocks; the figure counts blocks."""
+    copies = [BlockCopy(block_hash=BlockHash(rng.randbytes(16)), tier=Tier.DEVICE) for _ in range(32 * messages)]
+    steps = []
+    for number in range(messages):
+        stored = tuple(copies[32 * number : 32 * number + 32])
+        removed = tuple(copies[32 * number - 320 : 32 * number - 288]) if number >= 10 else ()
+        info = infos[number % len(infos)]
+        steps.append((info, KvEvents(event_id=1 + number // len(infos), stored=stored, removed=removed)))
+    seconds = _timed(lambda: [machine.on_worker_event(*_who(info), events, 5e3) for info, events in steps])
+    return round(sum(len(e.stored) + len(e.removed) for _, e in steps) / seconds)
+
+
+def _join(
+    machine: ConductorMachine, infos: list[NodeInfo], held: dict[NodeId, list[int]], chains: list[list[BlockHash]]
+) -> None:
+    for info in infos:
+        blocks = tuple(
+            BlockCopy(block_hash=block, tier=Tier.DEVICE) for number in held[info.node_id] for block in chains[number]
+        )
+        snapshot = Snapshot(info=info, last_event_id=0, blocks=blocks, attempts=())
+        machine.on_worker_event(*_who(info), snapshot, 0.0)
+        machine.on_worker_event(*_who(info), _load(), 100.0)
+
+
+def _load() -> LoadReport:
+    prefills = [
+        PassSample(new_tokens=n, context_tokens=c, batch=0, kv_tokens=0, seconds=0.01 + 2e-5 * n + 1e-9 * n * c)
+        for n, c in ((64, 0), (512, 0), (2048, 0), (2048, 4096), (1024, 8192), (256, 256), (2048, 9984), (8, 8))
+    ]
+    decodes = [
+        PassSample(new_tokens=0, context_tokens=0, batch=b, kv_tokens=k, seconds=0.02 + 1e-4 * b + 1e-8 * k)
+        for b, k in ((1, 100), (4, 10_000), (16, 200_000), (64, 800_000), (2, 2000), (8, 9000), (32, 64), (3, 5))
+    ]
+    return LoadReport(passes=tuple(prefills + decodes))
+
+
+def _machine() -> ConductorMachine:
+    config = ConductorConfig(suspect_s=1e8, silent_s=1e9, slow_start_s=1.0)
+    layout = Layout(block_size=BLOCK_SIZE, block_bytes=20_971_520)
+    return ConductorMachine(config=config, layout=layout, conductor_id="bench", fingerprint=FINGERPRINT)
+
+
+def _info(number: int) -> NodeInfo:
+    role = Role.PREFILL if number % 2 == 0 else Role.DECODE
+    return NodeInfo(
+        node_id=NodeId(f"{role}{number}"),
+        epoch=Epoch(f"e{number}"),
+        role=role,
+        address=f"10.0.0.{number}:7000",
+        fingerprint=FINGERPRINT,
+        num_device_blocks=50_000,
+        num_dram_blocks=0,
+        block_bytes=20_971_520,
+        tokens_per_pass_max=2048,
+        sequences_max=256,
+    )
+
+
+def _spec(number: int, chain: list[BlockHash]) -> RequestSpec:
+    return RequestSpec(
+        request_id=RequestId(f"r{number}"),
+        token_ids=(1,) * (PROMPT_BLOCKS * BLOCK_SIZE + 7),
+        block_hashes=tuple(chain),
+        sampling=SamplingParams(max_tokens=64),
+        front_end="bench",
+        deadline_s=600.0,
+    )
+
+
+def _chain(rng: random.Random) -> list[BlockHash]:
+    return [BlockHash(rng.randbytes(16)) for _ in range(PROMPT_BLOCKS)]
+
+
+def _who(info: NodeInfo) -> tuple[NodeId, Epoch]:
+    return info.node_id, info.epoch
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began_s = time.perf_counter()
+    work()
+    return time.perf_counter() - began_s
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(seconds, n=100)
+    return {"p50_us": round(1e6 * cuts[49], 1), "p99_us": round(1e6 * cuts[98], 1)}
+
+
+if __name__ == "__main__":
+    main()

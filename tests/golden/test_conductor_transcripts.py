@@ -1,0 +1,138 @@
+"""Golden transcripts of the conductor's machine: every input and every effect, line by line.
+
+When a change of behaviour is meant: python -m tests.golden.test_conductor_transcripts --rewrite
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conductor.effects import Slo
+from core.messages import LoadReport, PassSample
+from tests.conductor_kit import Play, attempt_of, chain, prompt, spec
+
+HERE = Path(__file__).parent
+
+
+class Scribe:
+    """Calls a Play's acts by name and writes down what it said and heard."""
+
+    def __init__(self, workers: str, **config: object) -> None:
+        self.play = Play(workers, **config)  # type: ignore[arg-type]
+        self.lines = [f"workers: {workers}"]
+
+    def __call__(self, title: str, words: list[str]) -> None:
+        self.lines.append(f"{self.play.now_s:7.2f}  {title}")
+        self.lines += [f"           {word}" for word in words]
+
+    def text(self) -> str:
+        status = self.play.machine.status()
+        self.lines += ["", "at the end", f"  open {status.requests_open}, closing {status.closing}"]
+        self.lines += [f"  {n.info.node_id}: {n.state}, books {n.books}" for n in status.nodes]
+        self.lines += [f"  {name}: {count}" for name, count in sorted(status.counters.items())]
+        return "\n".join(self.lines) + "\n"
+
+
+def life() -> str:
+    tell = Scribe("p0 p1 d0 d1")
+    play = tell.play
+    tell("request a, 40 tokens", play.request(spec("a")))
+    tell("request b, 40 tokens", play.request(spec("b", tokens=prompt(40, seed=1))))
+    for name, prefill, decode in (("a", "p0", "d0"), ("b", "p1", "d1")):
+        tell(f"{decode} reserved {name}#1", play.reserved(decode, f"{name}#1"))
+        play.now_s += 0.05
+        tell(f"{prefill} prefilled {name}#1", play.prefilled(prefill, f"{name}#1"))
+        tell(f"{decode} joined {name}#1", play.joined(decode, f"{name}#1"))
+    play.now_s += 0.5
+    tell("d0 finished a#1", play.ended("d0", "a#1"))
+    tell("stream of a finished", play.finished_stream("a"))
+    tell("stop string in b", play.finished_stream("b", stopped=True))
+    tell("d1 closed b#1", play.closed("d1", "b#1"))
+    tell("a tick", play.wait(0.1))
+    return tell.text()
+
+
+def failover() -> str:
+    tell = Scribe("p0 p1 d0 d1")
+    play = tell.play
+    tell("request r", play.request(spec("r", tokens=prompt(200))))
+    tell("d0 has no room", play.refused("d0", "r#1"))
+    tell("d1 reserved r#1", play.reserved("d1", "r#1"))
+    tell("p0 dies", play.lose("p0"))
+    tell("log of r: nothing yet", play.resume("r", []))
+    tell("d1 closed r#1", play.closed("d1", "r#1"))
+    tell("p0 is back, empty", play.join("p0@2"))
+    decode = play.machine.summary(attempt_of("r#2").request_id).decode_node
+    tell(f"{decode} reserved r#2", play.reserved(decode, "r#2"))
+    tell("p1 prefilled r#2", play.prefilled("p1", "r#2", token=11))
+    tell(f"{decode} joined r#2", play.joined(decode, "r#2"))
+    tell("a late word of the dead p0 about r#1", play.prefilled("p0@1", "r#1"))
+    play.now_s += 2.0
+    tell(f"{decode} dies", play.lose(decode))
+    tell("log of r: 3 tokens", play.resume("r", [11, 12, 13]))
+    tell("token stream of p1 is lost", play.tokens_lost("p1"))
+    tell("client gone", play.cancel("r"))
+    tell("a minute later", play.wait(60.0))
+    return tell.text()
+
+
+def admission() -> str:
+    tell = Scribe("d0", requests_max=3)
+    play = tell.play
+    tell("request early", play.request(spec("early")))
+    tell("p0 joins with a cached prefix", play.join("p0", chain(prompt(160))))
+    passes = tuple(
+        PassSample(new_tokens=n, context_tokens=c, batch=0, kv_tokens=0, seconds=0.01 + n * 1e-3)
+        for n in range(1, 400, 3)
+        for c in (0, 200)
+    )
+    tell("p0 reports passes", play.say("p0", LoadReport(passes=passes)))
+    tell("request a, cached", play.request(spec("a", tokens=prompt(170), slo=Slo(ttft_s=0.1))))
+    tell("request b, not cached", play.request(spec("b", tokens=prompt(170, seed=1), slo=Slo(ttft_s=0.1))))
+    tell("request c, too long", play.request(spec("c", tokens=prompt(100), max_tokens=16_000)))
+    tell("request d", play.request(spec("d")))
+    tell("request e", play.request(spec("e")))
+    tell("request f", play.request(spec("f")))
+    for name in "ade":
+        tell(f"cancel {name}", play.cancel(name))
+    return tell.text()
+
+
+def coupled() -> str:
+    tell = Scribe("c0 p0 d0")
+    play = tell.play
+    tell("request a", play.request(spec("a", tokens=prompt(500))))
+    tell("request b", play.request(spec("b", tokens=prompt(500, seed=1))))
+    tell("request c", play.request(spec("c", tokens=prompt(20, seed=2))))
+    tell("p0 dies", play.lose("p0"))
+    tell("log of b", play.resume("b", []))
+    tell("log of c", play.resume("c", []))
+    tell("c0 prefilled a#1, its only token", play.prefilled("c0", "a#1", last=True))
+    tell("stream of a finished", play.finished_stream("a"))
+    tell("c0 dies", play.lose("c0"))
+    for name in "bc":
+        tell(f"log of {name}", play.resume(name, []))
+    tell("nobody comes back", play.wait(20.0))
+    return tell.text()
+
+
+SCENES: dict[str, Callable[[], str]] = {
+    "life": life,
+    "failover": failover,
+    "admission": admission,
+    "coupled": coupled,
+}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_the_transcript_is_as_kept(name: str) -> None:
+    assert SCENES[name]() == (HERE / f"conductor_{name}.txt").read_text()
+
+
+if __name__ == "__main__" and "--rewrite" in sys.argv:
+    for scene, play_it in SCENES.items():
+        (HERE / f"conductor_{scene}.txt").write_text(play_it())

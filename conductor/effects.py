@@ -19,7 +19,10 @@ class Slo:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestSpec:
-    """A validated, tokenised request. `block_hashes` names the full blocks of `token_ids`."""
+    """A validated, tokenised request. `block_hashes` names the full blocks of `token_ids`.
+
+    `deadline_s` is a duration from `on_request`.
+    """
 
     request_id: RequestId
     token_ids: tuple[int, ...]

@@ -45,6 +45,14 @@ class Query:
         return -(-tokens // self.block_size)
 
     @cached_property
+    def blocks_prefill(self) -> int:
+        return self.blocks(self.num_tokens)
+
+    @cached_property
+    def blocks_max(self) -> int:
+        return self.blocks(self.tokens_max)
+
+    @cached_property
     def blocks_expected(self) -> int:
         """Decode room that it will probably need."""
         return self.blocks(min(self.tokens_max, self.num_tokens + self.output_tokens))
@@ -173,8 +181,8 @@ def score_decode(query: Query, worker: Worker, own_blocks: int, config: Conducto
     stall = _stall(worker, now_s) if worker.coupled else NOTHING
     tbt_s = step.seconds + stall.seconds
     tbt_load = tbt_s / (query.slo.tbt_s or config.slo.tbt_s or tbt_s or 1.0)
-    blocks_load = (worker.decode_blocks + query.blocks_expected) / max(1, worker.info.num_device_blocks)
-    room_load = max(blocks_load, batch / max(1, worker.info.sequences_max))
+    blocks_load = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
+    room_load = max(blocks_load, batch / worker.sequences_max)
     return DecodeScore(
         worker.node_id,
         max(tbt_load, room_load),
@@ -189,11 +197,11 @@ def score_decode(query: Query, worker: Worker, own_blocks: int, config: Conducto
 
 
 def fits_prefill(query: Query, worker: Worker) -> bool:
-    return worker.prefills and query.blocks(query.num_tokens) <= worker.info.num_device_blocks
+    return worker.prefills and query.blocks_prefill <= worker.num_blocks
 
 
 def fits_decode(query: Query, worker: Worker) -> bool:
-    return worker.decodes and query.blocks(query.tokens_max) <= worker.info.num_device_blocks
+    return worker.decodes and query.blocks_max <= worker.num_blocks
 
 
 def _mixing(query: Query, worker: Worker, cached_blocks: int) -> Estimate:

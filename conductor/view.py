@@ -68,6 +68,8 @@ class Worker:
         self.prefills = info.role.prefills
         self.decodes = info.role.decodes
         self.coupled = info.role is Role.COUPLED
+        self.num_blocks = info.num_device_blocks
+        self.sequences_max = max(1, info.sequences_max)
         self.heard_s = now_s
         self.ready_s: float | None = None
         self.snapshot_due_s: float | None = None
@@ -82,6 +84,7 @@ class Worker:
         self._decode: dict[AttemptId, DecodeBook] = {}
         self._waiting: dict[AttemptId, int] = {}  # booked for decode, not in its batch yet: tokens
         self._sending: dict[tuple[AttemptId, str], int] = {}
+        self._waiting_tokens = 0
         self.decode_tokens = 0
         self.decode_blocks = 0
         self.sending_bytes = 0
@@ -159,22 +162,23 @@ class Worker:
     @property
     def kv_tokens(self) -> int:
         """Tokens of KV that a step reads once everything booked has joined."""
-        return max(self.decode_tokens, self.load.kv_tokens + sum(self._waiting.values()))
+        return max(self.decode_tokens, self.load.kv_tokens + self._waiting_tokens)
 
     def book_decode(self, attempt_id: AttemptId, book: DecodeBook) -> None:
         assert attempt_id not in self._decode, f"{attempt_id} is booked for decode twice"
         self._decode[attempt_id] = book
         self._waiting[attempt_id] = book.tokens
+        self._waiting_tokens += book.tokens
         self.decode_tokens += book.tokens
         self.decode_blocks += book.blocks
 
     def join_decode(self, attempt_id: AttemptId) -> None:
         """From now on its own reports count this sequence."""
-        self._waiting.pop(attempt_id, None)
+        self._waiting_tokens -= self._waiting.pop(attempt_id, 0)
 
     def release_decode(self, attempt_id: AttemptId) -> bool:
         book = self._decode.pop(attempt_id, None)
-        self._waiting.pop(attempt_id, None)
+        self._waiting_tokens -= self._waiting.pop(attempt_id, 0)
         if book is None:
             return False
         self.decode_tokens -= book.tokens

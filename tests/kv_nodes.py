@@ -27,6 +27,16 @@ BLOCK_BYTES = 368_640
 TICK_S = 0.02
 QUICK = TransferLimits(abort_timeout_s=0.5, link_timeout_s=1.0, silence_s_max=1.5, ping_interval_s=0.1, grace_s=0.2)
 
+PROCESS_LIMITS = TransferLimits(
+    batch_bytes_max=2 * BLOCK_BYTES,
+    abort_timeout_s=0.5,
+    link_timeout_s=1.0,
+    silence_s_max=1.5,
+    ping_interval_s=0.1,
+    grace_s=0.2,
+)
+"""Small batches: a pull of 64 blocks is in its middle for a while."""
+
 
 def name_of(number: int) -> BlockHash:
     return BlockHash(hashlib.blake2b(b"%d" % number, digest_size=16).digest())
@@ -171,9 +181,7 @@ async def running_node(
     address = bind(server, f"unix:{folder}/{node_id}-{epoch}.sock")
     await server.start()
     ticking = asyncio.create_task(_tick(store))
-    node = Node(
-        NodeId(node_id), store, shelf, device, dram, address, Epoch(epoch), arrived, ended, handed, withdrawn
-    )
+    node = Node(NodeId(node_id), store, shelf, device, dram, address, Epoch(epoch), arrived, ended, handed, withdrawn)
     try:
         yield node
     finally:

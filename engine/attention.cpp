@@ -57,7 +57,7 @@ template <class T>
 void find_rows(const Attention<T>& job, const AttentionUnit& unit, int64_t first_key, int64_t end, Rows<T>& rows) {
   alignas(64) static const T zeros[kDimMax] = {};
   const T* head = job.layer + unit.kv_head * job.kv_head_stride;
-  const int64_t count = std::min(kKeys, end - first_key), v_offset = job.block_size * job.dim;
+  const int64_t count = std::clamp<int64_t>(end - first_key, 0, kKeys), v_offset = job.block_size * job.dim;
   int64_t block = first_key / job.block_size, offset = first_key % job.block_size;
   for (int64_t i = 0; i < count; ++block, offset = 0) {
     const T* k = head + unit.block_table[block] * job.slot_stride + offset * job.dim;
@@ -70,14 +70,12 @@ void find_rows(const Attention<T>& job, const AttentionUnit& unit, int64_t first
   std::fill(rows.v + count, rows.v + kKeys, zeros);
 }
 
+// Asks for the rows of the next tile that will be packed where [first, first + count) of this one are now.
 template <class T>
-void prefetch(const Rows<T>& rows, int64_t dim) {
+void prefetch(const T* const* rows, int64_t count, int64_t dim) {
   constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < kKeys; ++i)
-    for (int64_t d = 0; d < dim; d += line) {
-      __builtin_prefetch(rows.k[i] + d);
-      __builtin_prefetch(rows.v[i] + d);
-    }
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(rows[i] + d);
 }
 
 // 8 keys' words at d, transposed: out[d + j] gets dimension d + j of the 8 keys.
@@ -99,30 +97,29 @@ inline void spread(const bf16* const* rows, int64_t d, float* out) {
 }
 
 template <class T>
-void pack_keys(const Rows<T>& rows, int64_t dim, float* keys) {
+void pack_keys(const T* const* rows, const T* const* next, int64_t dim, float* keys) {
   constexpr int64_t step = 32 / sizeof(T);
   for (int64_t i = 0; i < kKeys; i += 8) {
     float* out = keys + i / kPanel * dim * kPanel + i % kPanel;
+    prefetch(next + i, 8, dim);
     int64_t d = 0;
-    for (; d + step <= dim; d += step) spread(rows.k + i, d, out);
+    for (; d + step <= dim; d += step) spread(rows + i, d, out);
     for (; d < dim; ++d)
-      for (int64_t j = 0; j < 8; ++j) out[d * kPanel + j] = widen(rows.k[i + j][d]);
+      for (int64_t j = 0; j < 8; ++j) out[d * kPanel + j] = widen(rows[i + j][d]);
   }
 }
 
 template <class T>
-void pack_values(const Rows<T>& rows, int64_t dim, float* values) {
-  for (int64_t d = 0; d < dim; d += kPanel, values += kKeys * kPanel)
-    for (int64_t i = 0; i < kKeys; ++i) {
-      const T* v = rows.v[i] + d;
-      const int64_t count = dim - d;
-      store(values + i * kPanel, count >= kLanes ? load(v) : load_some(v, count));
-      if (count >= kPanel) {
-        store(values + i * kPanel + kLanes, load(v + kLanes));
-      } else {
-        store(values + i * kPanel + kLanes, load_some(v + kLanes, std::max<int64_t>(0, count - kLanes)));
-      }
+void pack_values(const T* const* rows, const T* const* next, int64_t dim, float* values) {
+  for (int64_t i = 0; i < kKeys; ++i, values += kPanel) {
+    prefetch(next + i, 1, dim);
+    for (int64_t d = 0; d < dim; d += kPanel) {
+      float* out = values + d * kKeys;
+      const int64_t low = std::min<int64_t>(dim - d, kLanes), high = std::min<int64_t>(dim - d - low, kLanes);
+      store(out, load_upto(rows[i] + d, low));
+      store(out + kLanes, load_upto(rows[i] + d + kLanes, high));
     }
+  }
 }
 
 template <class T>
@@ -237,14 +234,11 @@ void attend(const Attention<T>& job, const AttentionUnit& unit) {
   find_rows(job, unit, first_key, end, next);
   for (int64_t key = first_key; key < end; key += kKeys) {
     now = next;
-    if (key + kKeys < end) {
-      find_rows(job, unit, key + kKeys, end, next);
-      prefetch(next, job.dim);
-    }
-    pack_keys(now, job.dim, work.panels);
+    find_rows(job, unit, key + kKeys, end, next);
+    pack_keys(now.k, next.k, job.dim, work.panels);
     score(job, work, rows);
     soften_rows(job, unit, work, key);
-    pack_values(now, job.dim, work.panels);
+    pack_values(now.v, next.v, job.dim, work.panels);
     add_values(work, rows, std::min(kKeys, end - key));
   }
   store_rows(job, unit, work);

@@ -25,7 +25,7 @@ from service.settings import cache_directory
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("ops.cpp", "linear.cpp", "attention.cpp", "elementwise.cpp")
+SOURCES = ("ops.cpp", "linear.cpp", "attention.cpp", "elementwise.cpp", "roofline.cpp")
 HEADERS = ("kernels.h", "tile.h", "simd.h")
 CFLAGS = ("-O3", "-march=native", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 BUILD_S_MAX = 600.0  # a cold build takes about 30 s on one free core; another process may be at it on a busy one

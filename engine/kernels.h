@@ -98,4 +98,9 @@ template <class T>
 void rope_rows(T* x, int64_t x_stride, int64_t num_rows, int64_t num_heads, int64_t dim, const float* cos,
                const float* sin);
 
+// ---- roofline.cpp
+
+// Runs rounds of independent multiply-adds in registers; returns how many floating-point operations that was.
+int64_t multiply_adds(int64_t rounds);
+
 }  // namespace halfmoon

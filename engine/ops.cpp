@@ -271,6 +271,7 @@ TORCH_LIBRARY(halfmoon, m) {
   m.def(
       "paged_attention(Tensor q, Tensor pool, int layer, Tensor block_tables, Tensor query_start, Tensor starts, "
       "float scale, int window) -> Tensor");
+  m.def("multiply_adds(int rounds) -> int", &halfmoon::multiply_adds);
 }
 
 TORCH_LIBRARY_IMPL(halfmoon, CPU, m) {

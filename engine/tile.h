@@ -8,15 +8,21 @@
 
 namespace halfmoon {
 
-constexpr int kTileRows = 6;         // 12 sums, 2 weights and 1 input fill AVX2's 16 registers
-constexpr int kPrefetchSteps = 32;  // of k: far enough ahead for a stream from memory at few rows
+constexpr int kTileRows = 6;              // 12 sums, 2 weights and 1 input fill AVX2's 16 registers
+constexpr int64_t kPrefetchBytes = 2048;  // of a panel: far enough ahead for weights that come from memory
 
 // One step of k of a panel: kPanel weights as two vectors.
 struct Pair {
   F32 low, high;
 };
 
-inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+inline Pair load_pair(const float* p) {
+  Pair w{load(p), load(p + kLanes)};
+#if defined(__x86_64__)
+  asm("" : "+v"(w.low), "+v"(w.high));  // stay in registers: GCC would load them again for every row
+#endif
+  return w;
+}
 
 // bf16 panels interleave their two halves, so that widening is one shift and one mask.
 inline Pair load_pair(const bf16* p) {
@@ -36,13 +42,10 @@ inline void tile(const float* a, int64_t a_stride, const W* b, int64_t panel_str
       sum[r][p][0] = load(c + r * c_stride + p * kPanel);
       sum[r][p][1] = load(c + r * c_stride + p * kPanel + kLanes);
     }
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
+  const auto step = [&](int64_t k) {
 #pragma GCC unroll 4
     for (int p = 0; p < panels; ++p) {
-      const W* step = b + p * panel_stride + k * kPanel;
-      if constexpr (rows <= 2) __builtin_prefetch(step + kPrefetchSteps * kPanel);
-      const Pair w = load_pair(step);
+      const Pair w = load_pair(b + p * panel_stride + k * kPanel);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         const F32 x = splat(a[r * a_stride + k]);
@@ -50,7 +53,17 @@ inline void tile(const float* a, int64_t a_stride, const W* b, int64_t panel_str
         sum[r][p][1] = fma(x, w.high, sum[r][p][1]);
       }
     }
+  };
+  constexpr int64_t ahead = kPrefetchBytes / sizeof(W);
+  int64_t k = 0;
+  for (; k + 2 <= depth; k += 2) {
+    if constexpr (sizeof(W) == sizeof(bf16) || rows <= 2)  // otherwise the products hide the wait
+#pragma GCC unroll 4
+      for (int p = 0; p < panels; ++p) __builtin_prefetch(b + p * panel_stride + k * kPanel + ahead);
+    step(k);
+    step(k + 1);
   }
+  if (k < depth) step(k);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4

@@ -61,17 +61,17 @@ def _request_cells(result: Result) -> list[str]:
 
 
 def cluster_table(cluster: Cluster) -> Table:
+    """One line per node. In blocks: held by something that runs / room, free or evictable, of all / in the index."""
     title = f"{cluster.model} · {'ready' if cluster.ready else 'not ready'} · {cluster.requests_open} requests open"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for name in ("node", "role", "state", "pid", "address"):
         table.add_column(name, no_wrap=True)
-    for name in ("queued", "running", "free blocks", "indexed", "heard s ago"):
+    for name in ("queued", "running", "held", "room", "indexed", "heard s ago"):
         table.add_column(name, justify="right")
     for node in cluster.nodes:
         state = "draining" if node.draining else "ready" if node.ready else "not ready"
-        free = f"{node.free_device_blocks}/{node.num_device_blocks}"
-        table.add_row(
-            node.node_id, node.role, state, str(node.pid), node.address, str(node.queued_attempts),
-            str(node.running_sequences), free, f"{node.indexed_blocks} ({node.index_mode})", f"{node.last_heard_s:.1f}",
-        )  # fmt: skip
+        room = f"{node.free_device_blocks + node.evictable_device_blocks}/{node.num_device_blocks}"
+        cells = [node.node_id, node.role, state, str(node.pid), node.address]
+        cells += [str(node.queued_attempts), str(node.running_sequences), str(node.held_blocks), room]
+        table.add_row(*cells, f"{node.indexed_blocks} ({node.index_mode})", f"{node.last_heard_s:.1f}")
     return table

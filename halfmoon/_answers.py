@@ -33,6 +33,7 @@ class ClusterNode:
     running_sequences: int
     num_device_blocks: int
     free_device_blocks: int
+    evictable_device_blocks: int
     indexed_blocks: int
     index_mode: str
     last_heard_s: float
@@ -92,6 +93,7 @@ def _node_of(status: admin_pb2.NodeStatus) -> ClusterNode:
         running_sequences=load.running_sequences,
         num_device_blocks=info.num_device_blocks,
         free_device_blocks=load.free_device_blocks,
+        evictable_device_blocks=load.evictable_device_blocks,
         indexed_blocks=status.indexed_blocks,
         index_mode=status.index_mode,
         last_heard_s=status.last_heard_s,

@@ -68,7 +68,8 @@ class BlockChain:
     """
 
     def __init__(self, root: BlockHash, block_size: int, *, salt: bytes = b"", public_tokens: int = 0) -> None:
-        assert block_size > 0 and public_tokens >= 0
+        assert block_size > 0
+        assert public_tokens >= 0
         self._block_size = block_size
         self._salt = salt
         self._salt_index = public_tokens // block_size  # first block not wholly public

@@ -32,6 +32,7 @@ from core.messages import (
 from engine.protocol import Engine, Sampled
 from halfmoon.errors import ConfigError, Failed, HalfmoonError
 from halfmoon.types import AttemptId, BlockHash, Tier, TransferId
+from kv_store.ledger import SlotState
 from kv_store.tiers import KvCache
 from kv_store.values import Move, PullEnded, PullSpec
 from node.effects import AbortPull, Effect, Emit, HandOver, Pass, Report, StartPull, Withdraw, WorkerMachine
@@ -328,8 +329,14 @@ class NodeLoop:
 
         Transfers as the store measured them: while their link was busy, not while a pull waited for its prefill.
         """
-        transfers = tuple(self._store.samples())
-        return replace(self._machine.load(), transfers=transfers, invariant_checks=self._invariant_checks)
+        tiers = [self._cache.counts(tier) for tier in (Tier.DEVICE, Tier.DRAM)]
+        return replace(
+            self._machine.load(),
+            transfers=tuple(self._store.samples()),
+            invariant_checks=self._invariant_checks,
+            held_blocks=sum(counts[SlotState.FILLING] + counts[SlotState.PINNED] for counts in tiers),
+            quarantined_blocks=sum(counts[SlotState.QUARANTINED] for counts in tiers),
+        )
 
     def attach(self, attach: Attach) -> Outbox[WorkerEvent]:
         """A new control stream, beginning with a snapshot.

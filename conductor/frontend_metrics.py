@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from service.metrics import Metrics
+
+
+class Events(Collector):
+    """The process's plain counters as `halfmoon_conductor_events_total{event=...}`, read when the page is asked for.
+
+    Their names are words of the code, so their number is bounded.
+
+    Args:
+        counters: the counters now; called in the page's thread.
+    """
+
+    def __init__(self, counters: Callable[[], Mapping[str, int]]) -> None:
+        self._counters = counters
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily("halfmoon_conductor_events", "What happened, by name", labels=("event",))
+        for name, count in sorted(self._counters().items()):
+            family.add_metric((name,), count)
+        yield family
 
 
 class FrontEndMetrics:
@@ -30,7 +53,7 @@ class FrontEndMetrics:
         self._open.set(num_open)
 
     def ended(self, outcome: str, *, ttft_s: float | None, total_s: float, num_open: int) -> None:
-        self.counters[f"requests_{outcome}"] += 1
+        self.counters[f"streams_{outcome}"] += 1
         self._requests.labels(outcome).inc()
         self._duration.observe(total_s)
         self._open.set(num_open)

@@ -141,7 +141,7 @@ class NodeLink:
             log.debug("not reached: %s", reason)
             return
         self.joined = False
-        self._owner.counters["nodes_lost"] += 1
+        self._owner.counters["links_lost"] += 1
         log.log(level, "lost", extra=fields(peer=self.info.node_id, epoch=self.info.epoch, reason=reason))
         self._driver.node_lost(self.info.node_id, self.info.epoch, reason)
 

@@ -43,11 +43,12 @@ class Readiness:
         self._on_first = on_first
         self._canaries = 0
         self._succeeded = False
+        self._stopped = False
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled or stopped."""
         await self._set(ready=False)
-        while True:
+        while not self._stopped:
             why = self._why_not()
             if why:
                 await self._set(ready=False, why=why)
@@ -57,6 +58,7 @@ class Readiness:
 
     async def stop(self) -> None:
         """NOT_SERVING for good: the process drains."""
+        self._stopped = True
         self.ready = False
         await self.health.enter_graceful_shutdown()
 
@@ -75,7 +77,7 @@ class Readiness:
     async def _set(self, *, ready: bool, why: str = "") -> None:
         if ready != self.ready:
             log.info("serving" if ready else "not serving: %s", *([] if ready else [why]))
-        self.ready = ready
+        self.ready = ready and not self._stopped
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
             await self.health.set(service, status)

@@ -30,7 +30,7 @@ from conductor.config import ConductorConfig
 from conductor.desk import Layout
 from conductor.driver import Driver
 from conductor.frontend import FrontEnd
-from conductor.frontend_metrics import FrontEndMetrics
+from conductor.frontend_metrics import Events, FrontEndMetrics
 from conductor.inference import InferenceService, Tokenizer
 from conductor.lease import Lease
 from conductor.machine import ConductorMachine
@@ -128,6 +128,7 @@ class ConductorProcess:
         )
         self.addresses = ""
         self._servers: list[grpc.aio.Server] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._close_metrics = _nothing
 
     async def run(self, stop: Stop) -> None:
@@ -136,11 +137,11 @@ class ConductorProcess:
         try:
             if not await self._lead(stop):
                 return
-            stop.spawn_essential(self.lease.keep(), name="lease")
+            self._tasks.append(stop.spawn_essential(self.lease.keep(), name="lease"))
             await self._open_ports()
-            stop.spawn_essential(self.nodes.run(self.registry.watch()), name="nodes")
-            stop.spawn_essential(self._tick(), name="tick")
-            stop.spawn_essential(self.readiness.run(), name="readiness")
+            self._tasks.append(stop.spawn_essential(self.nodes.run(self.registry.watch()), name="nodes"))
+            self._tasks.append(stop.spawn_essential(self._tick(), name="tick"))
+            self._tasks.append(stop.spawn_essential(self.readiness.run(), name="readiness"))
             _say(f"serving {self.addresses}")
             await stop.wait()
             await self._drain()
@@ -178,6 +179,7 @@ class ConductorProcess:
         admin_pb2_grpc.add_AdminServicer_to_server(admin, operators)
         admin_address = self._open(operators, server.admin_address, ADMIN)
         if server.metrics_address:
+            self.metrics.registry.register(Events(self._counters))
             _, self._close_metrics = self.metrics.serve(server.metrics_address)
         for opened in self._servers:
             await opened.start()
@@ -198,6 +200,9 @@ class ConductorProcess:
             counters={**self.front_end.metrics.counters, **self.nodes.counters},
         )
 
+    def _counters(self) -> dict[str, int]:
+        return {**self.driver.machine.counters, **self.front_end.metrics.counters, **self.nodes.counters}
+
     async def _tick(self) -> None:
         while True:
             self.driver.tick()
@@ -215,7 +220,11 @@ class ConductorProcess:
         )
 
     async def _close(self) -> None:
+        """Ports first, so that streams take their end; then the links and the lease; then what those stood on."""
         await asyncio.gather(*(server.stop(CLOSE_S) for server in self._servers))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self.inference.close()
         self._close_metrics()
         await self.registry.close()

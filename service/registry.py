@@ -243,8 +243,10 @@ class Registry:
             async with asyncio.timeout(CALL_S_MAX):
                 answer = await self._redis.execute_command("EVAL", script, len(names), *names, *args)
         except (RedisError, OSError, TimeoutError) as error:
+            _heed_cancel()
             self._note(reachable=False, why=str(error))
             raise Unavailable(f"registry {self._url}: {error or 'no answer in time'}") from error
+        _heed_cancel()
         self._note(reachable=True)
         return answer
 
@@ -265,6 +267,13 @@ class Registry:
                 self._url,
                 "reachable" if reachable else f"away ({why}); running on without it",
             )
+
+
+def _heed_cancel() -> None:
+    """The client library sometimes swallows a cancel (it polls its sockets under timeouts of zero): deliver it."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _changes(known: dict[NodeId, NodeInfo], found: dict[NodeId, NodeInfo], *, may_leave: bool) -> list[Joined | Left]:

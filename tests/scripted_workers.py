@@ -34,6 +34,7 @@ from core.messages import (
 from halfmoon.blocks import Fingerprint
 from halfmoon.types import AttemptId, Epoch, FinishReason, NodeId, Role, SamplingParams
 from halfmoon.v1 import worker_pb2_grpc
+from node.streams import StaleTerm
 from service.channel import bind, make_server
 from service.codec import from_wire, to_wire
 
@@ -95,6 +96,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
     epoch: str = "1"
     hold_first_token_s: float = 0.0
     mute: bool = False  # no more load reports
+    term_seen: int = 0
     skip: set[int] = field(default_factory=set)  # output indices that are never sent (once each)
     fingerprint: Fingerprint = FINGERPRINT
     commands: list[Any] = field(default_factory=list)
@@ -143,6 +145,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
     async def Control(self, request_iterator: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
         attach = from_wire(await anext(request_iterator))
         assert isinstance(attach, Attach)
+        if attach.term < self.term_seen:
+            raise StaleTerm(f"conductor {attach.conductor_id} has term {attach.term}; seen term {self.term_seen}")
         self.terms.append(attach.term)
         self._events = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -100,6 +102,12 @@ def run(story: Awaitable[None]) -> None:
     asyncio.run(bounded())
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def pair(step_s: float = 0.01) -> tuple[ScriptedWorker, ScriptedWorker]:
     return ScriptedWorker("p", Role.PREFILL, step_s=step_s), ScriptedWorker("d", Role.DECODE, step_s=step_s)
 
@@ -107,9 +115,17 @@ def pair(step_s: float = 0.01) -> tuple[ScriptedWorker, ScriptedWorker]:
 def test_it_becomes_ready_serves_and_drains(tmp_path: Path) -> None:
     async def story() -> None:
         workers = pair()
-        async with registry(tmp_path, *workers) as url, conductor(tmp_path, url) as process:
+        metrics_address = f"127.0.0.1:{free_port()}"
+        async with (
+            registry(tmp_path, *workers) as url,
+            conductor(tmp_path, url, metrics_address=metrics_address) as process,
+        ):
             addresses = await process.said("ready")
             async with AsyncClient(addresses["inference"], admin_address=addresses["admin"]) as client:
+                page = await asyncio.to_thread(lambda: urlopen(f"http://{metrics_address}/metrics").read().decode())
+                assert 'halfmoon_requests_total{outcome="finished"} 1.0' in page  # the canary
+                assert 'halfmoon_conductor_events_total{event="nodes_joined"} 2.0' in page
+                assert 'halfmoon_conductor_events_total{event="streams_finished"} 1.0' in page
                 view = await client.cluster()
                 assert (view.ready, view.registry_reachable, view.term) == (True, True, 1)
                 assert view.conductor_id == "c1"

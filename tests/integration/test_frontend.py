@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -94,15 +94,16 @@ async def house(*workers: ScriptedWorker, front_end: FrontEndConfig | None = Non
         config=config,
         rng=random.Random(7),
     )
+    terms = [3]
     nodes = Nodes(
         driver=driver,
         config=NodesConfig(node_silence_s=0.6, backoff_s=0.05, backoff_s_max=0.1),
         conductor_id="c",
         front_end="c/1",
         fingerprint=FINGERPRINT,
-        term=lambda: 3,
+        term=lambda: terms[-1],
         on_tokens=streams.on_tokens,
-        on_higher_term=lambda term: None,
+        on_higher_term=terms.append,
         clock=clock,
     )
     driver.connect(streams, nodes)
@@ -176,7 +177,7 @@ def test_a_stream_carries_every_token_once_and_its_usage() -> None:
             assert len(result.timings.tbt_s) == 11
             assert 0 < result.timings.server.ttft_s <= result.timings.ttft_s <= result.timings.total_s
             await it.until(lambda: it.driver.machine.status().requests_open == 0)
-            assert it.counters() == {"requests_finished": 1}
+            assert it.counters() == {"streams_finished": 1}
 
     run(story())
 
@@ -300,7 +301,7 @@ def test_a_worker_that_falls_silent_is_lost() -> None:
             used.mute = True
             result = await stream.complete()
             assert result.text == digits(b"ab", 150)
-            assert it.nodes.counters["nodes_lost"] >= 1
+            assert it.nodes.counters["links_lost"] >= 1
 
     run(story())
 
@@ -329,7 +330,7 @@ def test_a_cancelled_request_ends_everywhere() -> None:
                 await stream.complete()
             assert await it.client.cancel("mine") is False
             await it.until(lambda: not decode.attempts and not prefill.attempts)
-            assert it.counters() == {"requests_cancelled": 1}
+            assert it.counters() == {"streams_cancelled": 1}
 
     run(story())
 
@@ -343,7 +344,7 @@ def test_leaving_a_stream_cancels_it() -> None:
                     if event.index == 3:
                         break
             await it.until(lambda: it.front_end.num_open == 0 and not decode.attempts)
-            assert it.counters()["requests_cancelled"] == 1
+            assert it.counters()["streams_cancelled"] == 1
 
     run(story())
 
@@ -400,7 +401,7 @@ def test_no_worker_is_an_answer_and_not_a_wait() -> None:
             with pytest.raises(Unavailable):
                 await it.client.complete("ab")
             assert time.monotonic() - started_s < 2.0
-            assert it.counters() == {"requests_failed": 1}
+            assert it.counters() == {"streams_failed": 1}
 
     run(story())
 
@@ -568,8 +569,35 @@ def test_a_node_that_reads_no_commands_is_lost() -> None:
             command = CancelCommand(attempt_id=AttemptId(RequestId("r"), 1), reason="")
             for _ in range(it.nodes.config.commands_max + 1):  # without a pause in which they could be written
                 it.nodes.send(NodeId("d"), Epoch("1"), command)
-            await it.until(lambda: it.nodes.counters["nodes_lost"] == 1)
+            await it.until(lambda: it.nodes.counters["links_lost"] == 1)
             await it.until(lambda: it.nodes.links[NodeId("d")].joined)
             assert (await it.client.complete("ab", max_tokens=3)).text == digits(b"ab", 3)
+
+    run(story())
+
+
+def test_a_worker_that_has_seen_a_higher_term_says_which() -> None:
+    async def story() -> None:
+        prefill, decode = pair(term_seen=9)
+        async with house(prefill, decode):  # which goes on with the term that it is told
+            assert (prefill.terms, decode.terms) == ([9], [9])
+
+    run(story())
+
+
+def test_a_worker_of_another_model_is_listed_and_not_used() -> None:
+    async def story() -> None:
+        other = ScriptedWorker("x", Role.COUPLED, fingerprint=replace(FINGERPRINT, weights="others"))
+        async with house(*pair()) as it:
+            await other.start()
+            task = asyncio.create_task(it.nodes.run(members((other,))))
+            await it.until(lambda: len(it.driver.machine.status().nodes) == 3)
+            answers = await asyncio.gather(*(it.client.complete("ab", max_tokens=4) for _ in range(8)))
+            assert {(a.usage.prefill_node, a.usage.decode_node) for a in answers} == {("p", "d")}
+            why = {n.info.node_id: n.why for n in it.driver.machine.status().nodes}
+            assert why[NodeId("x")] == "weights: 'bytes' here, 'others' there"
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await other.kill()
 
     run(story())

@@ -117,8 +117,12 @@ class _End:
     def _drop(self) -> None:
         self._group = self._store = None
 
-    def _run(self, batch: Batch, tensors: Sequence[torch.Tensor], timeout_s: float) -> None:
-        """Post every message of the batch, then wait for them in order."""
+    def _run(self, batch: Batch, tensors: Sequence[torch.Tensor], timeout_s: float) -> TransferError | None:
+        """Post every message of the batch, then wait for them in order.
+
+        Errors are returned as new values: a raised one would keep the frames, and with them the group, its sockets and
+        the slots' memory, for as long as somebody looks at it.
+        """
         deadline = Deadline(timeout_s)
         works: list[Any] = []
         try:
@@ -126,14 +130,14 @@ class _End:
             works.extend(self._post(group, message) for t in tensors for message in t.split(MESSAGE_BYTES_MAX))
             for work in works:
                 work.wait(timedelta(seconds=max(0.001, deadline.left_s)))
+            return None
         except RuntimeError as error:
-            works.clear()  # with the group these hold the slots' memory: nothing may write to it after this
-            self._drop()
-            raise _typed(batch, error) from None
-        except TransferError:
-            works.clear()
-            self._drop()
-            raise
+            failure = _typed(batch, error)
+        except PeerLost as error:
+            failure = PeerLost(str(error))
+        works.clear()
+        self._drop()
+        return failure
 
     def _join(self, batch: Batch, deadline: Deadline) -> Any:
         """The group that the batch names; makes it if need be."""
@@ -181,7 +185,9 @@ class TorchSink(_End):
         self._target = target
 
     def recv(self, batch: Batch, timeout_s: float) -> None:
-        self._run(batch, [slot_tensor(self._target, piece.target) for piece in batch.pieces], timeout_s)
+        tensors = (slot_tensor(self._target, piece.target) for piece in batch.pieces)
+        if (failure := self._run(batch, list(tensors), timeout_s)) is not None:
+            raise failure
         for piece in batch.pieces:
             if piece.checksum is not None and self._checksum(piece.target) != piece.checksum:
                 raise IntegrityError(f"{batch.transfer_id}: block {piece.index} differs from its checksum")
@@ -198,8 +204,9 @@ class TorchSource(_End):
         self._arenas = dict(arenas)
 
     def send(self, batch: Batch, timeout_s: float) -> None:
-        arena = self._arenas[batch.tier]
-        self._run(batch, [slot_tensor(arena, piece.slot) for piece in batch.pieces], timeout_s)
+        tensors = (slot_tensor(self._arenas[batch.tier], piece.slot) for piece in batch.pieces)
+        if (failure := self._run(batch, list(tensors), timeout_s)) is not None:
+            raise failure
 
 
 def slot_tensor(arena: Arena, slot: int) -> torch.Tensor:

@@ -339,8 +339,10 @@ class BlockStore:
     def _error_of(self, future: asyncio.Future[Any]) -> TransferError | None:
         """A job's error. One that is a bug is reported as such too, and still ends the transfer."""
         error = future.exception()
-        if error is None or isinstance(error, TransferError):
-            return error
+        if error is None:
+            return None
+        if isinstance(error, TransferError):
+            return error.with_traceback(None)  # its frames would keep the link's memory alive
         self._loop.call_exception_handler({"message": "a link's job failed", "exception": error, "future": future})
         return TransferError(f"{type(error).__name__}: {error}")
 

@@ -2,7 +2,7 @@
 
 protoc's Python output pins the runtime's major version by a check at import; the code itself needs no more than the
 descriptor pool and the builder, which have been stable since protobuf 4.21. So the check lines are removed. The same
-goes for grpcio's version check in the service stubs.
+goes for grpcio's version check in the service stubs, and for its newer way to register methods.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ def unpin(text: str) -> str:
     text = re.sub(r"^_runtime_version\.ValidateProtobufRuntimeVersion\((?:.|\n)*?^\)\n", "", text, flags=re.M)
     text = re.sub(r"^# Protobuf Python Version: .*\n", "", text, flags=re.M)
     text = re.sub(r"^GRPC_GENERATED_VERSION = (?:.|\n)*?(?=^class |^def )", "", text, flags=re.M)
+    text = text.replace(",\n                _registered_method=True)", ")")  # unknown to grpcio before 1.63
+    text = re.sub(r"^            _registered_method=True\)\n", "            )\n", text, flags=re.M)
+    text = re.sub(r"^    server\.add_registered_method_handlers\(.*\n", "", text, flags=re.M)
     return text.replace("import warnings\n", "")
 
 

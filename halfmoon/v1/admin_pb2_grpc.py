@@ -16,18 +16,15 @@ class AdminStub:
         self.GetCluster = channel.unary_unary(
                 '/halfmoon.v1.Admin/GetCluster',
                 request_serializer=halfmoon_dot_v1_dot_admin__pb2.GetClusterRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_admin__pb2.GetClusterResponse.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_admin__pb2.GetClusterResponse.FromString)
         self.Drain = channel.unary_unary(
                 '/halfmoon.v1.Admin/Drain',
                 request_serializer=halfmoon_dot_v1_dot_admin__pb2.DrainRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_admin__pb2.DrainResponse.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_admin__pb2.DrainResponse.FromString)
         self.Explain = channel.unary_unary(
                 '/halfmoon.v1.Admin/Explain',
                 request_serializer=halfmoon_dot_v1_dot_admin__pb2.ExplainRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_admin__pb2.ExplainResponse.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_admin__pb2.ExplainResponse.FromString)
 
 
 class AdminServicer:
@@ -74,7 +71,6 @@ def add_AdminServicer_to_server(servicer, server):
     generic_handler = grpc.method_handlers_generic_handler(
             'halfmoon.v1.Admin', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('halfmoon.v1.Admin', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -106,7 +102,7 @@ class Admin:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )
 
     @staticmethod
     def Drain(request,
@@ -133,7 +129,7 @@ class Admin:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )
 
     @staticmethod
     def Explain(request,
@@ -160,4 +156,4 @@ class Admin:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )

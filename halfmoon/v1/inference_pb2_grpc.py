@@ -16,23 +16,19 @@ class InferenceStub:
         self.Generate = channel.unary_stream(
                 '/halfmoon.v1.Inference/Generate',
                 request_serializer=halfmoon_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.GenerateEvent.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.GenerateEvent.FromString)
         self.Cancel = channel.unary_unary(
                 '/halfmoon.v1.Inference/Cancel',
                 request_serializer=halfmoon_dot_v1_dot_inference__pb2.CancelRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.CancelResponse.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.CancelResponse.FromString)
         self.GetModel = channel.unary_unary(
                 '/halfmoon.v1.Inference/GetModel',
                 request_serializer=halfmoon_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.GetModelResponse.FromString)
         self.Tokenize = channel.unary_unary(
                 '/halfmoon.v1.Inference/Tokenize',
                 request_serializer=halfmoon_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_inference__pb2.TokenizeResponse.FromString)
 
 
 class InferenceServicer:
@@ -90,7 +86,6 @@ def add_InferenceServicer_to_server(servicer, server):
     generic_handler = grpc.method_handlers_generic_handler(
             'halfmoon.v1.Inference', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('halfmoon.v1.Inference', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -122,7 +117,7 @@ class Inference:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )
 
     @staticmethod
     def Cancel(request,
@@ -149,7 +144,7 @@ class Inference:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )
 
     @staticmethod
     def GetModel(request,
@@ -176,7 +171,7 @@ class Inference:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )
 
     @staticmethod
     def Tokenize(request,
@@ -203,4 +198,4 @@ class Inference:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )

@@ -16,8 +16,7 @@ class KvExchangeStub:
         self.Exchange = channel.stream_stream(
                 '/halfmoon.v1.KvExchange/Exchange',
                 request_serializer=halfmoon_dot_v1_dot_kv__pb2.KvMessage.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_kv__pb2.KvMessage.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_kv__pb2.KvMessage.FromString)
 
 
 class KvExchangeServicer:
@@ -42,7 +41,6 @@ def add_KvExchangeServicer_to_server(servicer, server):
     generic_handler = grpc.method_handlers_generic_handler(
             'halfmoon.v1.KvExchange', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('halfmoon.v1.KvExchange', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -74,4 +72,4 @@ class KvExchange:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )

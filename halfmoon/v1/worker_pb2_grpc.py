@@ -16,13 +16,11 @@ class WorkerStub:
         self.Control = channel.stream_stream(
                 '/halfmoon.v1.Worker/Control',
                 request_serializer=halfmoon_dot_v1_dot_worker__pb2.WorkerCommand.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_worker__pb2.WorkerEvent.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_worker__pb2.WorkerEvent.FromString)
         self.Tokens = channel.unary_stream(
                 '/halfmoon.v1.Worker/Tokens',
                 request_serializer=halfmoon_dot_v1_dot_worker__pb2.TokensRequest.SerializeToString,
-                response_deserializer=halfmoon_dot_v1_dot_worker__pb2.StepTokens.FromString,
-                _registered_method=True)
+                response_deserializer=halfmoon_dot_v1_dot_worker__pb2.StepTokens.FromString)
 
 
 class WorkerServicer:
@@ -59,7 +57,6 @@ def add_WorkerServicer_to_server(servicer, server):
     generic_handler = grpc.method_handlers_generic_handler(
             'halfmoon.v1.Worker', rpc_method_handlers)
     server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('halfmoon.v1.Worker', rpc_method_handlers)
 
 
  # This class is part of an EXPERIMENTAL API.
@@ -91,7 +88,7 @@ class Worker:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )
 
     @staticmethod
     def Tokens(request,
@@ -118,4 +115,4 @@ class Worker:
             wait_for_ready,
             timeout,
             metadata,
-            _registered_method=True)
+            )

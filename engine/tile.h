@@ -16,13 +16,7 @@ struct Pair {
   F32 low, high;
 };
 
-inline Pair load_pair(const float* p) {
-  Pair w{load(p), load(p + kLanes)};
-#if defined(__x86_64__)
-  asm("" : "+v"(w.low), "+v"(w.high));  // stay in registers: GCC would load them again for every row
-#endif
-  return w;
-}
+inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
 
 // bf16 panels interleave their two halves, so that widening is one shift and one mask.
 inline Pair load_pair(const bf16* p) {
@@ -42,28 +36,24 @@ inline void tile(const float* a, int64_t a_stride, const W* b, int64_t panel_str
       sum[r][p][0] = load(c + r * c_stride + p * kPanel);
       sum[r][p][1] = load(c + r * c_stride + p * kPanel + kLanes);
     }
-  const auto step = [&](int64_t k) {
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
 #pragma GCC unroll 4
     for (int p = 0; p < panels; ++p) {
-      const Pair w = load_pair(b + p * panel_stride + k * kPanel);
+      const W* at = b + p * panel_stride + k * kPanel;
+      // Weights come from memory; at more rows fp32 ones are attention's, in L1, or leave time to hide the wait.
+      if constexpr (sizeof(W) == sizeof(bf16) || rows <= 2) __builtin_prefetch(at + kPrefetchBytes / sizeof(W));
+      const Pair w = load_pair(at);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         const F32 x = splat(a[r * a_stride + k]);
         sum[r][p][0] = fma(x, w.low, sum[r][p][0]);
         sum[r][p][1] = fma(x, w.high, sum[r][p][1]);
       }
+      // One panel after the other: GCC would load both first, and run out of registers.
+      if constexpr (rows >= 3 && panels > 1) asm volatile("" ::: "memory");
     }
-  };
-  constexpr int64_t ahead = kPrefetchBytes / sizeof(W);
-  int64_t k = 0;
-  for (; k + 2 <= depth; k += 2) {
-    if constexpr (sizeof(W) == sizeof(bf16) || rows <= 2)  // otherwise the products hide the wait
-#pragma GCC unroll 4
-      for (int p = 0; p < panels; ++p) __builtin_prefetch(b + p * panel_stride + k * kPanel + ahead);
-    step(k);
-    step(k + 1);
   }
-  if (k < depth) step(k);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4

@@ -85,6 +85,25 @@ def status(address: str, admin: str) -> None:
         console.print(f"  {name} {count}")
 
 
+@click.command()
+@ADMIN
+@click.argument("node_id")
+def drain(admin: str, node_id: str) -> None:
+    """Let NODE_ID take no new requests; running ones end normally."""
+    with Client(admin_address=admin) as client:
+        client.drain(node_id)
+    make_console().print(f"{node_id} takes no new requests; `halfmoon status` shows when nothing runs on it.")
+
+
+@click.command()
+@ADMIN
+@click.argument("request_id")
+def explain(admin: str, request_id: str) -> None:
+    """Print a request's decision record: what was known, predicted, decided, and what happened."""
+    with Client(admin_address=admin) as client:
+        click.echo(json.dumps(client.explain(request_id), indent=1))
+
+
 def _ask(console: Console) -> str:
     try:
         return console.input("[bold]> [/bold]").strip()

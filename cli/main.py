@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from cli.client_commands import chat, generate, status
+from cli.client_commands import chat, drain, explain, generate, status
 from cli.cluster_commands import config, demo, up
 from cli.tables import make_console
 from halfmoon.errors import HalfmoonError
@@ -29,7 +29,7 @@ def main() -> None:
     """Halfmoon: disaggregated prefill/decode LLM serving. Start with `halfmoon up`, then `halfmoon chat`."""
 
 
-for command in (up, demo, config, chat, generate, status):
+for command in (up, demo, config, chat, generate, status, explain, drain):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ not resumed.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -266,6 +267,15 @@ class Client(_Base):
         """What the conductor knows of its nodes, from the admin port."""
         return cluster_of(self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest()))
 
+    def drain(self, node_id: str = "") -> None:
+        """Let a node (or, unnamed, the whole cluster) take no new requests; running ones end normally."""
+        self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id))
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """A request's decision record: what was known, predicted, decided and why, and what happened."""
+        reply = self._call(self._admin().Explain, admin_pb2.ExplainRequest(request_id=request_id))
+        return cast(dict[str, Any], json.loads(reply.record_json))
+
     def close(self) -> None:
         """Close the channels; open streams end with Cancelled."""
         self._channel.close()
@@ -319,6 +329,13 @@ class AsyncClient(_Base):
 
     async def cluster(self) -> Cluster:
         return cluster_of(await self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest()))
+
+    async def drain(self, node_id: str = "") -> None:
+        await self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id))
+
+    async def explain(self, request_id: str) -> dict[str, Any]:
+        reply = await self._call(self._admin().Explain, admin_pb2.ExplainRequest(request_id=request_id))
+        return cast(dict[str, Any], json.loads(reply.record_json))
 
     async def close(self) -> None:
         await self._channel.close()

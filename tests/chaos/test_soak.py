@@ -80,10 +80,10 @@ def check_against_transformers(todo: Sequence[Case], truth: Sequence[tuple[int, 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from engine.default_model import ensure_default_model
+    from engine.default_model import default_model_directory
 
     torch.set_num_threads(2)
-    model = AutoModelForCausalLM.from_pretrained(ensure_default_model(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(default_model_directory(), dtype=torch.float32)
     compared = 0
     for case, answer in zip(todo, truth, strict=True):
         if case.options["temperature"] > 0:

@@ -40,6 +40,7 @@ check: .venv/.ready  ## format, lint, types, import contracts, stubs fresh, tidy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict $$($(BIN)/python -m scripts.modules)
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/proto.py --check
 	$(BIN)/python -m pytest -q tests/tidy

@@ -94,8 +94,8 @@ def _user(text: str) -> dict[str, str]:
 
 def _explain(console: Console) -> None:
     console.print(
-        "TTFT and TBT are the client's. Hits: prompt tokens whose KV was found on the prefill worker (dev, dram) or\n"
-        "pulled from a peer (remote). KV pulled: bytes copied between workers for this request.",
+        "TTFT, TBT: as the client saw them. device, DRAM, remote: prompt tokens whose KV was found on the prefill\n"
+        "worker or pulled from a peer. MiB: KV copied between workers for this request, over the link named.",
         style="dim",
     )
 

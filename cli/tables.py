@@ -31,11 +31,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def requests_table(rows: Sequence[tuple[str, Result]]) -> Table:
-    """One line per request. Times are the client's; hits are prompt tokens by where their KV was found."""
+    """One line per request. Times are the client's; device, DRAM, remote: prompt tokens by where their KV was found."""
     table = Table(box=box.SIMPLE_HEAD, title="Requests", title_justify="left")
     for name in ("request", "prefill → decode", "link"):
         table.add_column(name, no_wrap=True)
-    for name in ("prompt", "output", "TTFT ms", "TBT p50", "TBT max", "hit dev", "hit dram", "hit remote", "KV pulled"):
+    for name in ("prompt", "output", "TTFT ms", "TBT p50", "max ms", "device", "DRAM", "remote", "MiB"):
         table.add_column(name, justify="right")
     for name, result in rows:
         table.add_row(name, *_request_cells(result))
@@ -56,7 +56,7 @@ def _request_cells(result: Result) -> list[str]:
         str(usage.prefix_hit_tokens_device),
         str(usage.prefix_hit_tokens_dram),
         str(usage.prefix_hit_tokens_remote),
-        f"{usage.kv_bytes_pulled / 2**20:.1f} MiB",
+        f"{usage.kv_bytes_pulled / 2**20:.1f}",
     ]
 
 

@@ -1,8 +1,8 @@
 """Shell: linear layers prepacked by oneDNN, for CPUs whose bf16 units it drives (AVX512-BF16, AMX).
 
 There its products are about three times as fast as fp32 multiply-adds on many rows. Its kernels depend on the number
-of rows, so each weight's shape is probed when packed: within which row counts does a row keep its bits? Products are run in
-tiles of such counts; a shape without any goes back to the panels.
+of rows, so each shape of weight is probed when first packed: within which row counts does a row keep its bits?
+Products are run in tiles of such counts; a shape without any goes back to the panels.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ class Attempt:
     pulls: set[TransferId] = field(default_factory=set)
     loading: set[int] = field(default_factory=set)
     farewell: WorkerEvent | None = None
+    deadline_means: str = "the attempt's deadline passed"
     order: int = 0
     compute_s: float = 0.0
     computed_tokens: int = 0
@@ -243,7 +244,7 @@ class Attempts(Generic[A]):
     def expire(self, now_s: float) -> None:
         for attempt in self.live():
             if now_s >= attempt.deadline_at_s:
-                self.fail(attempt, FailureKind.DEADLINE, "the attempt's deadline passed", now_s)
+                self.fail(attempt, FailureKind.DEADLINE, attempt.deadline_means, now_s)
 
     def _end(self, attempt: A, reason: str, now_s: float) -> None:
         attempt.ending = True

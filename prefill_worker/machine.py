@@ -294,6 +294,7 @@ class PrefillMachine:
         sequence = attempt.sequence
         attempt.held = True
         attempt.deadline_at_s = min(attempt.deadline_at_s, now_s + self.config.handover_hold_s)
+        attempt.deadline_means = "the decode worker did not acknowledge the prompt's blocks in time"
         self._attempts.emit(
             HandOver(
                 attempt_id=attempt.attempt_id,

@@ -418,3 +418,24 @@ def test_settings_out_of_range_are_refused_by_name() -> None:
         DecodeConfig(sequences_max=0)
     with pytest.raises(ConfigError, match=r"decode\.reserve_wait_s"):
         DecodeConfig(reserve_wait_s=-1.0)
+
+
+def test_the_most_urgent_is_brought_back_at_the_cost_of_those_that_took_its_room() -> None:
+    w = Worker(device=12, dram=16)
+    w.join("first", range(3), 0.0, max_tokens=17)
+    w.join("second", range(30, 52), 0.1, max_tokens=8)
+    spec = pull(w.reserve("third", range(60, 70), 0.2, max_tokens=30))
+    for _ in range(5):
+        run_pass(w.machine, 1.0)
+    assert w.machine.decide(1.0) is None
+    assert w.cache.slots(attempt("second")) == ()  # parked for the first; the third, still pulled, could not be
+    w.settle(1.0)
+    arrive(w.machine, spec, 1.1)
+    w.machine.on_command(start("third", 7), 1.1)
+    while attempt("first") in w.machine.attempts():
+        run_pass(w.machine, 1.2)
+    assert w.cache.slots(attempt("second")) == ()  # the third has grown into its room
+    assert w.machine.decide(1.3) is None
+    assert w.cache.slots(attempt("third")) == ()
+    w.settle(1.4)
+    assert [name for name, *_ in lengths(w.machine.decide(1.5))] == ["second"]

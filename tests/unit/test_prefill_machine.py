@@ -322,6 +322,7 @@ def test_deadlines_strike_in_the_queue_and_in_the_hold() -> None:
     assert w.machine.on_tick(8.9) == []
     failed = report(AttemptFailed, w.machine.on_tick(9.0))
     assert (failed.attempt_id, failed.kind) == (attempt("a"), FailureKind.DEADLINE)
+    assert failed.message == "the decode worker did not acknowledge the prompt's blocks in time"
     w.machine.on_withdrawn(attempt("a"), 9.5)
     w.machine.on_withdrawn(attempt("b"), 9.5)
     w.check_empty()

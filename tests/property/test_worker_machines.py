@@ -397,7 +397,7 @@ class CoupledUnderEvents(WorkerUnderEvents):
 
 for _case in (PrefillUnderEvents, DecodeUnderEvents, CoupledUnderEvents):
     _case.TestCase.settings = settings(
-        max_examples=80,
+        max_examples=60,
         stateful_step_count=60,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],

@@ -51,7 +51,7 @@ def test_two_prefill_two_decode_and_a_coupled_worker_serve_everybody(seed: int) 
     assert sum(s.pulled_blocks for s in driver.stats) > 0
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_tiny_pools_preempt_and_the_tokens_stay_the_same(seed: int) -> None:
     world = World(seed)
     world.add("p1", Role.PREFILL, device=14, dram=6, prefill=PrefillConfig(tokens_per_pass_max=7))
@@ -67,7 +67,7 @@ def test_tiny_pools_preempt_and_the_tokens_stay_the_same(seed: int) -> None:
     assert not {f.attempt_id for f in failed} & driver.joined  # a pull may give way; what runs is parked
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_without_dram_the_least_urgent_fail_over_and_still_finish(seed: int) -> None:
     world = World(seed)
     world.add("p1", Role.PREFILL, device=40, dram=0)
@@ -84,7 +84,7 @@ def test_without_dram_the_least_urgent_fail_over_and_still_finish(seed: int) -> 
     )
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_cancelled_at_every_moment(seed: int) -> None:
     world = World(seed)
     for name, role in (("p1", Role.PREFILL), ("d1", Role.DECODE), ("c1", Role.COUPLED)):
@@ -100,7 +100,7 @@ def test_cancelled_at_every_moment(seed: int) -> None:
         assert [counts[s] for s in ("filling", "pinned", "quarantined", "evicting")] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("victim", ["p1", "d1", "c1"])
 def test_a_worker_dies_and_every_stream_goes_on_without_a_gap(seed: int, victim: str) -> None:
     world = World(seed)

@@ -21,6 +21,7 @@ class ClusterConfig:
         model: builtin name, directory, .gguf file, hub id, or "fake".
         directory: where the sockets, configs and logs of this cluster live; one cluster a directory.
         device_mib, dram_mib: KV pool sizes of each worker; 0 takes a default from what is free.
+        devices: where the workers compute, "cpu" or "cuda:N", dealt out round robin, prefill workers first.
         threads: compute threads a worker; the workers' threads are pinned to cores, round robin, when `pin`.
         fake_pass_s: with model "fake": seconds that each pass takes.
         redis: URL of a Redis or Valkey to use; empty starts a private Valkey on a unix socket.
@@ -32,6 +33,7 @@ class ClusterConfig:
     prefill: int = 1
     decode: int = 1
     coupled: int = 0
+    devices: tuple[str, ...] = ("cpu",)
     threads: int = 1
     pin: bool = True
     device_mib: int = 0
@@ -57,6 +59,7 @@ class ClusterConfig:
         _require(serves, "prefill/decode/coupled", counts, "at least one of each half, or a coupled worker")
         total = self.prefill + self.decode + self.coupled
         _require(total <= WORKERS_MAX, "prefill+decode+coupled", total, f"at most {WORKERS_MAX} workers on one host")
+        _require(len(self.devices) > 0, "devices", self.devices, "at least one")
         _require(self.threads >= 1, "threads", self.threads, "at least 1")
         _require(0 <= self.port < 65536, "port", self.port, "0 (any) to 65535")
         _require(0 <= self.admin_port < 65536, "admin_port", self.admin_port, "0 (any) to 65535")
@@ -87,6 +90,7 @@ def worker_specs(config: ClusterConfig, directory: str, registry: str, cores: Se
                 "node": {
                     "node_id": name,
                     **_shared(config),
+                    "device": config.devices[index % len(config.devices)],
                     "device_mib": config.device_mib,
                     "dram_mib": config.dram_mib,
                     "threads": config.threads,

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from engine.protocol import KvLayout, ModelInfo, Sampled, Slice
+from engine.protocol import KvLayout, ModelInfo, Pool, Sampled, Slice
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import IntegrityError
 from halfmoon.types import SamplingParams
@@ -91,8 +91,9 @@ class FakeEngine:
         self._pool: memoryview | None = None
         self._num_slots = 0
 
-    def bind(self, pool: memoryview, num_slots: int) -> None:
-        """Use `pool` (num_slots * block_bytes, writable) as the KV pool. Borrows it until `close`."""
+    def bind(self, pool: Pool, num_slots: int) -> None:
+        """Use `pool` (a writable memoryview of num_slots * block_bytes) as the KV pool. Borrows it until `close`."""
+        assert isinstance(pool, memoryview), "the fake engine computes on host memory"
         flat = pool.cast("B")
         assert flat.nbytes >= num_slots * self.model.layout.block_bytes, "the pool is too small"
         assert not flat.readonly

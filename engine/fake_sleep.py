@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from engine.protocol import Engine, ModelInfo, Sampled, Slice
+from engine.protocol import Engine, ModelInfo, Pool, Sampled, Slice
 
 
 class SleepingEngine:
@@ -27,7 +27,7 @@ class SleepingEngine:
         self._engine = engine
         self._pass_seconds = pass_seconds or (lambda _: pass_s)
 
-    def bind(self, pool: memoryview, num_slots: int) -> None:
+    def bind(self, pool: Pool, num_slots: int) -> None:
         self._engine.bind(pool, num_slots)
 
     def forward(self, slices: Sequence[Slice]) -> list[Sampled | None]:

@@ -65,6 +65,8 @@ def load_engine(
     if model == FAKE_MODEL:
         from engine.fake import FakeEngine
 
+        if device != "cpu":
+            raise ConfigError(key="device", value=device, expected='"cpu", with the fake model')
         return FakeEngine(block_size=block_size)
     import torch
 
@@ -153,6 +155,11 @@ def _check(dtype: str, block_size: int) -> None:
 def _device(device: str) -> torch.device:
     import torch
 
-    if device != "cpu" and not (device.split(":")[0] == "cuda" and torch.cuda.is_available()):
-        raise ConfigError(key="device", value=device, expected="cpu, or cuda where torch finds a GPU")
+    kind, _, number = device.partition(":")
+    if device == "cpu":
+        return torch.device(device)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind != "cuda" or not number.isdecimal() or int(number) >= found:
+        build = f"this torch ({torch.__version__}) finds {found} GPUs"
+        raise ConfigError(key="device", value=device, expected=f'"cpu", or "cuda:N" with N below {found}: {build}')
     return torch.device(device)

@@ -74,17 +74,39 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class TensorPool(Protocol):
+    """A torch.Tensor, as far as its owner and the engine must agree: uint8 [num_slots, block_bytes], contiguous."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def data_ptr(self) -> int: ...
+
+    def is_contiguous(self) -> bool: ...
+
+
+Pool = memoryview | TensorPool
+"""The bytes of a KV pool: host memory, or a torch tensor on the engine's device (no torch is imported here)."""
+
+
 class Engine(Protocol):
     """Computes on one device, from one thread at a time."""
 
     model: ModelInfo
 
-    def bind(self, pool: memoryview, num_slots: int) -> None:
-        """Use `pool` (num_slots * block_bytes, writable, zeroed or not) as the KV pool. Borrows it until `close`."""
+    def bind(self, pool: Pool, num_slots: int) -> None:
+        """Use `pool` as the KV pool, in place, whatever it holds. Borrows it until `close`.
+
+        Args:
+            pool: on a CPU host a writable memoryview of num_slots * block_bytes; for an engine on a GPU a torch tensor,
+                uint8 [num_slots, block_bytes], on that GPU. TorchEngine on the CPU takes either.
+        """
         ...
 
     def forward(self, slices: Sequence[Slice]) -> list[Sampled | None]:
         """Run one pass; write the new tokens' KV into the pool; one result per slice, None where not sampled.
+
+        On return nothing of the pass is under way any more: other threads may read and write the pool.
 
         The sampled token's noise is a function of (seed, position of the sampled token) only. A sequence's result
         does not depend on the other slices or on how it was cut into slices (batch invariance, DESIGN 5.7).

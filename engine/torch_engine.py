@@ -1,6 +1,6 @@
 """Shell: the engine that computes: our decoder over the bound pool, on CPU; on CUDA through torch's own operators.
 
-The CUDA path (the pool as a device tensor, the twins as operators) has not been run on a GPU.
+The CUDA path (the pool is the arena's tensor, the twins are the operators) has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.decoder import Decoder, Pass
-from engine.protocol import KvLayout, ModelInfo, Sampled, Slice
+from engine.protocol import KvLayout, ModelInfo, Pool, Sampled, Slice
 from engine.sampler import sample
 
 
@@ -32,18 +32,19 @@ class TorchEngine:
         self._device = device
         self._pool: Tensor | None = None
 
-    def bind(self, pool: memoryview, num_slots: int) -> None:
+    def bind(self, pool: Pool, num_slots: int) -> None:
         layout = self.model.layout
-        assert pool.nbytes == num_slots * layout.block_bytes, "the pool's size is not num_slots * block_bytes"
-        assert not pool.readonly, "the pool must be writable"
-        shape = pool_shape(layout, num_slots)
-        if self._device.type == "cpu":
-            self._pool = torch.frombuffer(pool, dtype=self._dtype).view(shape)
-        else:
-            self._pool = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        flat = as_tensor(pool)
+        assert flat.dtype == torch.uint8, "the pool is bytes"
+        assert flat.nbytes == num_slots * layout.block_bytes, "the pool's size is not num_slots * block_bytes"
+        assert flat.is_contiguous(), "the pool must be contiguous"
+        assert flat.device == self._device, f"the pool is on {flat.device}, the engine on {self._device}"
+        self._pool = flat.view(-1).view(self._dtype).view(pool_shape(layout, num_slots))
 
     def forward(self, slices: Sequence[Slice]) -> list[Sampled | None]:
         logits = iter(self.logits(slices).cpu().numpy())
+        if self._device.type == "cuda":  # where nothing is sampled, the copy above waits for nothing
+            torch.cuda.current_stream(self._device).synchronize()
         return [None if s.sampling is None else sample(next(logits), s.sampling, s.end) for s in slices]
 
     def close(self) -> None:
@@ -56,6 +57,15 @@ class TorchEngine:
         assert self._decoder is not None, "the engine is closed"
         rows = flatten(slices, self.model.layout.block_size, self._device)
         return self._decoder.forward(rows, self._pool)
+
+
+def as_tensor(pool: Pool) -> Tensor:
+    """The pool's bytes as a tensor that shares its memory."""
+    if isinstance(pool, Tensor):
+        return pool
+    assert isinstance(pool, memoryview), f"a pool is a memoryview or a torch tensor, not {type(pool).__name__}"
+    assert not pool.readonly, "the pool must be writable"
+    return torch.frombuffer(pool, dtype=torch.uint8)
 
 
 def pool_shape(layout: KvLayout, num_slots: int) -> tuple[int, int, int, int, int, int]:

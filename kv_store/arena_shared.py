@@ -23,13 +23,12 @@ import numpy.typing as npt
 
 from halfmoon.errors import ConfigError
 from halfmoon.types import Tier
+from kv_store.arena import Bytes
 from kv_store.wire import ArenaAddress
 
 MAGIC = b"HMARENA1"
 HEADER = struct.Struct("<8s16sQQ")  # magic, nonce, number of slots, bytes per slot
 PAGE = mmap.PAGESIZE
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class SharedArena:
@@ -77,6 +76,16 @@ class SharedArena:
     def slot(self, index: int) -> Bytes:
         """A writable view of one slot, [block_bytes]."""
         return self._slots[index]
+
+    def bytes_of(self, index: int) -> Bytes:
+        """See Arena: here the slot itself."""
+        return self._slots[index]
+
+    def copy_in(self, index: int, data: Bytes) -> None:
+        np.copyto(self._slots[index], data)
+
+    def copy_out(self, index: int, data: Bytes) -> None:
+        np.copyto(data, self._slots[index])
 
     def stamp(self, index: int, stamp: int) -> None:
         """Say which granting of the slot is valid; 0: none."""

@@ -3,12 +3,15 @@
 | source's copy | sink's pool | hosts | link |
 |---|---|---|---|
 | host memory (DEVICE of a CPU worker, or DRAM) | host memory or GPU | same, proved | shm |
-| host memory | host memory | not proved the same | torch (gloo) |
-| GPU | GPU | any | torch (NCCL) |
-| GPU | host memory, or host memory to a GPU elsewhere | any | none: refused by name |
+| GPU | another GPU | any | nccl |
+| GPU | the same GPU | same | torch (NCCL refuses two ranks on one GPU) |
+| everything else | | | torch |
 
-"Proved" means: the sink has mapped the source's memory and found its nonce there. A setting other than "auto" is
-obeyed or refused, never replaced.
+shm: the sink copies out of the source's shared memory. nccl: torch.distributed, GPU memory to GPU memory. torch:
+torch.distributed over gloo, host memory to host memory; an end whose memory is on a GPU stages each block in pinned
+host memory. "Proved" means: the sink has mapped the source's memory and found its nonce there. Each tier of the source
+has its link, so one pair may use two. A setting other than "auto" is obeyed for every tier or refused, never replaced:
+"nccl" therefore wants workers without a DRAM tier.
 """
 
 from __future__ import annotations
@@ -20,9 +23,10 @@ from kv_store.transfer_values import Batch, LinkTraits
 
 AUTO = "auto"
 SHM = LinkTraits(name="shm", two_sided=False)
+NCCL = LinkTraits(name="nccl", two_sided=True)
 TORCH = LinkTraits(name="torch", two_sided=True)
 MEMORY = LinkTraits(name="memory", two_sided=True)
-LINKS = {traits.name: traits for traits in (SHM, TORCH, MEMORY)}
+LINKS = {traits.name: traits for traits in (SHM, NCCL, TORCH, MEMORY)}
 
 
 def choose_link(*, setting: str, same_host: bool, source_device: str, sink_device: str) -> LinkTraits:
@@ -31,15 +35,19 @@ def choose_link(*, setting: str, same_host: bool, source_device: str, sink_devic
     Args:
         setting: "auto", or a link's name from the configuration.
         same_host: the sink has mapped the source's memory; never a comparison of names.
-        source_device, sink_device: "cpu" or a GPU's name ("cuda:0").
+        source_device, sink_device: as in their addresses: "cpu", or the name of one GPU ("cuda/UUID").
 
     Raises:
         ConfigError: no link can serve this pair under this setting.
     """
-    on_host = source_device == "cpu"
-    same_kind = on_host == (sink_device == "cpu")
-    can = {"memory": True, "shm": same_host and on_host, "torch": same_kind}
-    names = ("shm", "torch") if setting == AUTO else (setting,)
+    on_host, to_host = source_device == "cpu", sink_device == "cpu"
+    can = {
+        "memory": on_host and to_host,
+        "shm": same_host and on_host,
+        "nccl": not on_host and not to_host and source_device != sink_device,
+        "torch": True,
+    }
+    names = ("shm", "nccl", "torch") if setting == AUTO else (setting,)
     for name in names:
         if can.get(name, False):
             return LINKS[name]

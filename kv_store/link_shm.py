@@ -1,14 +1,13 @@
 """Shell: the link of two processes on one host: the sink copies granted slots out of the source's shared memory.
 
-One pass over memory: each slice is hashed right after it was copied. The stamp is checked after the copy, so bytes
+One pass over memory: each slice is hashed right after it was copied. (A sink on a GPU hashes what it read from the
+source; the copy to the GPU is left to the bus's own checks.) The stamp is checked after the copy, so bytes
 that the source took back meanwhile are never accepted; the source need not wait for a reader that died or stalled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import numpy as np
 
 from halfmoon.errors import IntegrityError, PeerLost, TransferTimeout
 from halfmoon.types import Tier
@@ -56,14 +55,8 @@ class ShmSink:
             peer.close()
 
     def _copy(self, piece: Piece, source: Bytes) -> int | None:
-        """Returns the checksum of what arrived if the piece has one."""
-        if isinstance(self._target, SharedArena):
-            target = self._target.slot(piece.target)
-            if piece.checksum is not None:
-                return copy_and_checksum(target, source)
-            np.copyto(target, source)
-            return None
-        from kv_store.device_copy import host_to_device  # a GPU pool only: torch takes seconds to import
-
-        host_to_device(self._target, piece.target, source)
+        """Returns the checksum of what was copied if the piece has one."""
+        if isinstance(self._target, SharedArena) and piece.checksum is not None:
+            return copy_and_checksum(self._target.slot(piece.target), source)
+        self._target.copy_in(piece.target, source)
         return checksum(source) if piece.checksum is not None else None

@@ -1,6 +1,8 @@
 """Shell: the link over torch.distributed: one two-rank process group per directed pair, made on demand.
 
-gloo moves host memory, NCCL device memory. As measured with gloo: a partly received large message hangs until the
+gloo moves host memory (link "torch": an end on a GPU stages each block in pinned memory), NCCL moves GPU memory to
+another GPU (link "nccl", not yet run). What is compared with a checksum is always a host copy: staged, or made of the
+GPU's bytes after they arrived. As measured with gloo: a partly received large message hangs until the
 group's timeout and nothing wakes it, so messages are at most 1 MiB and every wait is short; after any error the group
 is destroyed, and the next batch names a higher group number. The rank-0 end is the source.
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -22,9 +25,10 @@ from halfmoon.errors import IntegrityError, PeerLost, TransferError, TransferTim
 from halfmoon.types import Tier
 from kv_store.arena import Arena
 from kv_store.arena_shared import SharedArena
+from kv_store.arena_tensor import TensorArena
 from kv_store.checksum import checksum
 from kv_store.deadline import Deadline
-from kv_store.transfer_values import Batch
+from kv_store.transfer_values import Batch, Piece
 from kv_store.wire import Rendezvous
 
 MESSAGE_BYTES_MAX = 1 << 20
@@ -94,14 +98,19 @@ class ExchangeStore(dist.Store):
 
 
 class _End:
-    """One end of a directed pair. The group exists between the first batch and the first error."""
+    """One end of a directed pair. The group exists between the first batch and the first error.
 
-    def __init__(self, *, rank: int, mailbox: Mailbox, host: str, device: str) -> None:
+    Args:
+        gpu: whose memory NCCL moves; None: gloo moves host memory.
+    """
+
+    def __init__(self, *, rank: int, mailbox: Mailbox, host: str, gpu: str | None) -> None:
         self._rank = rank
         self._mailbox = mailbox
         self._host = host
-        self._device = device
+        self._gpu = gpu
         self._group: Any = None
+        self._stream: Any = None
         self._store: ExchangeStore | None = None  # torch's side does not keep the Python object alive
         self._number = 0
         self._interrupted = False
@@ -115,7 +124,9 @@ class _End:
         self._drop()
 
     def _drop(self) -> None:
-        self._group = self._store = None
+        if self._gpu is not None and self._group is not None:
+            self._group.abort()  # ends its kernels: after this nothing writes to a slot
+        self._group = self._store = self._stream = None
 
     def _run(self, batch: Batch, tensors: Sequence[torch.Tensor], timeout_s: float) -> TransferError | None:
         """Post every message of the batch, then wait for them in order.
@@ -127,9 +138,10 @@ class _End:
         works: list[Any] = []
         try:
             group = self._join(batch, deadline)
-            works.extend(self._post(group, message) for t in tensors for message in t.split(MESSAGE_BYTES_MAX))
-            for work in works:
-                work.wait(timedelta(seconds=max(0.001, deadline.left_s)))
+            with self._own_stream():
+                works.extend(self._post(group, message) for t in tensors for message in self._messages(t))
+                for work in works:
+                    work.wait(timedelta(seconds=max(0.001, deadline.left_s)))
             return None
         except RuntimeError as error:
             failure = _typed(batch, error)
@@ -146,7 +158,7 @@ class _End:
         if batch.group > self._number:
             self._drop()
             self._number = batch.group
-            self._store = ExchangeStore(self._mailbox, f"{batch.group}/", deadline)
+            self._store = ExchangeStore(self._mailbox, f"{self._backend}/{batch.group}/", deadline)
             self._group = self._make(self._store, deadline)
         if self._group is None:
             raise PeerLost(f"{batch.transfer_id}: group {batch.group} of this pair has failed")
@@ -154,22 +166,38 @@ class _End:
 
     def _make(self, store: ExchangeStore, deadline: Deadline) -> Any:
         timeout = timedelta(seconds=max(0.001, deadline.left_s))
-        if self._device != "cpu":
-            return self._make_nccl(store, timeout)
+        if self._gpu is not None:
+            return self._make_nccl(store, timeout, self._gpu)
         options = dist.ProcessGroupGloo._Options()
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._host)]
         options._timeout = timeout
         options._threads = 1
         return dist.ProcessGroupGloo(store, self._rank, 2, options)
 
-    def _make_nccl(self, store: ExchangeStore, timeout: timedelta) -> Any:
-        """Not yet run on a GPU. The eager connect keeps P2P operations from making a communicator each."""
+    def _make_nccl(self, store: ExchangeStore, timeout: timedelta, gpu: str) -> Any:
+        """Not yet run on a GPU. The eager connect keeps P2P operations from making a communicator each.
+
+        A work's `wait` makes the current stream wait too: one of our own, lest a slow peer hold up the engine.
+        """
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         group = dist.ProcessGroupNCCL(store, self._rank, 2, options)
         group._set_sequence_number_for_group()
-        group.eager_connect_single_device(torch.device(self._device))
+        group.eager_connect_single_device(torch.device(gpu))
+        self._stream = torch.cuda.Stream(gpu)
         return group
+
+    @property
+    def _backend(self) -> str:
+        return "gloo" if self._gpu is None else "nccl"
+
+    def _own_stream(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _messages(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
+        """NCCL aborts what hangs and pays for every operation: whole blocks. (`split` costs 10 us, even into one.)"""
+        whole = self._gpu is not None or block.numel() <= MESSAGE_BYTES_MAX
+        return (block,) if whole else block.split(MESSAGE_BYTES_MAX)
 
     def _post(self, group: Any, message: torch.Tensor) -> Any:
         if self._rank == SOURCE_RANK:
@@ -180,41 +208,53 @@ class _End:
 class TorchSink(_End):
     """Receives into this node's DEVICE arena."""
 
-    def __init__(self, *, mailbox: Mailbox, host: str, target: Arena) -> None:
-        super().__init__(rank=SINK_RANK, mailbox=mailbox, host=host, device=target.device)
+    def __init__(self, *, mailbox: Mailbox, host: str, target: Arena, nccl: bool = False) -> None:
+        super().__init__(rank=SINK_RANK, mailbox=mailbox, host=host, gpu=target.device if nccl else None)
         self._target = target
 
     def recv(self, batch: Batch, timeout_s: float) -> None:
-        tensors = (slot_tensor(self._target, piece.target) for piece in batch.pieces)
-        if (failure := self._run(batch, list(tensors), timeout_s)) is not None:
+        landings = [self._landing(piece.target) for piece in batch.pieces]
+        if (failure := self._run(batch, landings, timeout_s)) is not None:
             raise failure
-        for piece in batch.pieces:
-            if piece.checksum is not None and self._checksum(piece.target) != piece.checksum:
-                raise IntegrityError(f"{batch.transfer_id}: block {piece.index} differs from its checksum")
+        for piece, landing in zip(batch.pieces, landings, strict=True):
+            self._take(batch, piece, landing)
 
-    def _checksum(self, slot: int) -> int:
-        return checksum(slot_tensor(self._target, slot).cpu().numpy())
+    def _landing(self, slot: int) -> torch.Tensor:
+        """Where a block arrives, uint8 [block_bytes]: in its slot if the group can write there, else beside it."""
+        if isinstance(self._target, SharedArena):
+            return torch.from_numpy(self._target.slot(slot))
+        assert isinstance(self._target, TensorArena)
+        return self._target.staging() if self._gpu is None else self._target.tensor[slot]
+
+    def _take(self, batch: Batch, piece: Piece, landing: torch.Tensor) -> None:
+        """Verify what landed; bring it to its slot if it landed beside it."""
+        if piece.checksum is not None:
+            arrived = landing.numpy() if self._gpu is None else self._target.bytes_of(piece.target)
+            if checksum(arrived) != piece.checksum:
+                raise IntegrityError(f"{batch.transfer_id}: block {piece.index} differs from its checksum")
+        if self._gpu is None and isinstance(self._target, TensorArena):
+            self._target.copy_in(piece.target, landing.numpy())
 
 
 class TorchSource(_End):
     """Sends from any arena of this node."""
 
-    def __init__(self, *, mailbox: Mailbox, host: str, arenas: Mapping[Tier, Arena]) -> None:
-        super().__init__(rank=SOURCE_RANK, mailbox=mailbox, host=host, device=next(iter(arenas.values())).device)
+    def __init__(self, *, mailbox: Mailbox, host: str, arenas: Mapping[Tier, Arena], nccl: bool = False) -> None:
+        gpu = arenas[Tier.DEVICE].device if nccl else None
+        super().__init__(rank=SOURCE_RANK, mailbox=mailbox, host=host, gpu=gpu)
         self._arenas = dict(arenas)
 
     def send(self, batch: Batch, timeout_s: float) -> None:
-        tensors = (slot_tensor(self._arenas[batch.tier], piece.slot) for piece in batch.pieces)
-        if (failure := self._run(batch, list(tensors), timeout_s)) is not None:
+        blocks = [self._block(self._arenas[batch.tier], piece.slot) for piece in batch.pieces]
+        if (failure := self._run(batch, blocks, timeout_s)) is not None:
             raise failure
 
-
-def slot_tensor(arena: Arena, slot: int) -> torch.Tensor:
-    """One slot as uint8 [block_bytes], sharing its memory."""
-    if isinstance(arena, SharedArena):
-        return torch.from_numpy(arena.slot(slot))
-    tensor: torch.Tensor = arena.tensor[slot]  # type: ignore[attr-defined]
-    return tensor
+    def _block(self, arena: Arena, slot: int) -> torch.Tensor:
+        """One slot, uint8 [block_bytes]: itself if the group can read it, else a copy in host memory."""
+        if self._gpu is None:
+            return torch.from_numpy(arena.bytes_of(slot))
+        assert isinstance(arena, TensorArena), "pairing gives NCCL the DEVICE tier of GPU workers only"
+        return arena.tensor[slot]
 
 
 def _typed(batch: Batch, error: RuntimeError) -> TransferError:

@@ -6,13 +6,14 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import ConfigError
 from halfmoon.types import Epoch, NodeId, Tier
 from kv_store.arena import Arena
 from kv_store.arena_shared import PeerArena, SharedArena
-from kv_store.link import AUTO, LINKS, SHM, SinkLink, SourceLink, choose_link
+from kv_store.link import AUTO, LINKS, NCCL, SHM, TORCH, SinkLink, SourceLink, choose_link
 from kv_store.link_memory import MemoryNet, MemorySink, MemorySource
 from kv_store.link_shm import ShmSink
 from kv_store.transfer_values import LinkTraits
@@ -31,6 +32,7 @@ class SinkEnd:
     traits: dict[Tier, LinkTraits]
     links: dict[Tier, SinkLink]
     deliver: Deliver | None = None
+    mailbox: Any = None
 
 
 @dataclass(kw_only=True)
@@ -39,6 +41,7 @@ class SourceEnd:
 
     links: dict[Tier, SourceLink]
     deliver: Deliver | None = None
+    mailbox: Any = None
 
 
 class Pairing:
@@ -158,7 +161,7 @@ class Pairing:
             setting=self._link,
             same_host=same_host,
             source_device=address.device,
-            sink_device=self._arenas[Tier.DEVICE].device,
+            sink_device=self._arenas[Tier.DEVICE].address.device,
         )
 
     def _sink_link(
@@ -176,11 +179,9 @@ class Pairing:
             assert self._net is not None
             assert isinstance(target, SharedArena)
             return MemorySink(self._net, _wire_name(welcome.epoch, self._node_id, self._epoch), target)
-        from kv_store.link_torch import Mailbox, TorchSink
+        from kv_store.link_torch import TorchSink
 
-        mailbox = Mailbox(publish)
-        end.deliver = mailbox.deliver
-        return TorchSink(mailbox=mailbox, host=self._host, target=target)
+        return TorchSink(mailbox=_mailbox(end, publish), host=self._host, target=target, nccl=chosen is NCCL)
 
     # ---- the source's end ----
 
@@ -189,13 +190,20 @@ class Pairing:
         end = SourceEnd(links={})
         made: dict[str, SourceLink | None] = {}
         for tier, name in begin.links:
-            if name not in LINKS or tier not in self._arenas or (name == "memory" and self._net is None):
+            if not self._has(tier, name):
                 raise ConfigError(key="link", value=name, expected="a link and a tier of this node")
             if name not in made:
                 made[name] = self._source_link(name, hello, publish, end)
             if (link := made[name]) is not None:
                 end.links[tier] = link
         return end
+
+    def _has(self, tier: Tier, name: str) -> bool:
+        if name not in LINKS or tier not in self._arenas:
+            return False
+        if name == NCCL.name:
+            return self._arenas[tier].device != "cpu"
+        return name != "memory" or self._net is not None
 
     def _source_link(self, name: str, hello: Hello, publish: Publish, end: SourceEnd) -> SourceLink | None:
         if name == "shm":
@@ -205,17 +213,26 @@ class Pairing:
             host_arenas = {t: a for t, a in self._arenas.items() if isinstance(a, SharedArena)}
             wire = _wire_name(self._epoch, hello.node_id, hello.epoch)
             return MemorySource(self._net, wire, self._node_id, host_arenas)
-        from kv_store.link_torch import Mailbox, TorchSource
+        from kv_store.link_torch import TorchSource
 
-        mailbox = Mailbox(publish)
-        end.deliver = mailbox.deliver
-        return TorchSource(mailbox=mailbox, host=self._host, arenas=self._arenas)
+        nccl = name == NCCL.name
+        return TorchSource(mailbox=_mailbox(end, publish), host=self._host, arenas=self._arenas, nccl=nccl)
 
 
 def load_links(names: Iterable[str]) -> None:
     """Import what these links need: torch takes seconds, so this belongs in a thread. May block."""
-    if "torch" in names:
+    if {TORCH.name, NCCL.name} & set(names):
         importlib.import_module("kv_store.link_torch")
+
+
+def _mailbox(end: SinkEnd | SourceEnd, publish: Publish) -> Any:
+    """The pair's one mailbox: its links through torch meet in it, under keys of their own."""
+    from kv_store.link_torch import Mailbox
+
+    if end.mailbox is None:
+        end.mailbox = Mailbox(publish)
+        end.deliver = end.mailbox.deliver
+    return end.mailbox
 
 
 def _wire_name(source_epoch: Epoch, sink: NodeId, sink_epoch: Epoch) -> str:

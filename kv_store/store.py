@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import grpc
-import numpy as np
 
 from core.messages import TransferSample
 from halfmoon.blocks import Fingerprint
@@ -361,17 +360,7 @@ class BlockStore:
         self._idle.set()
 
     def _checksums(self, items: Sequence[tuple[int, Tier, int]]) -> dict[int, int]:
-        return {index: checksum(self._bytes_of(tier, slot)) for index, tier, slot in items}
-
-    def _bytes_of(self, tier: Tier, slot: int) -> Any:
-        arena = self._arenas[tier]
-        if isinstance(arena, SharedArena):
-            return arena.slot(slot)
-        from kv_store.device_copy import device_to_host
-
-        data = np.empty(arena.block_bytes, dtype=np.uint8)
-        device_to_host(arena, slot, data)
-        return data
+        return {index: checksum(self._arenas[tier].bytes_of(slot)) for index, tier, slot in items}
 
     def _move(self, moves: Sequence[Move]) -> None:
         for move in moves:
@@ -379,13 +368,11 @@ class BlockStore:
 
     def _move_one(self, source: Place, target: Place) -> None:
         assert self._arenas[target.tier].stamp_of(target.slot) == 0, f"{target} is granted to a peer"
-        into = self._arenas[target.tier]
+        out_of, into = self._arenas[source.tier], self._arenas[target.tier]
         if isinstance(into, SharedArena):
-            np.copyto(into.slot(target.slot), self._bytes_of(source.tier, source.slot))
-            return
-        from kv_store.device_copy import host_to_device
-
-        host_to_device(into, target.slot, self._bytes_of(source.tier, source.slot))
+            out_of.copy_out(source.slot, into.slot(target.slot))
+        else:
+            into.copy_in(target.slot, out_of.bytes_of(source.slot))
 
     # ---- ends of pairs ----
 

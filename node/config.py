@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from halfmoon.errors import ConfigError
 from halfmoon.types import NodeId
 
 MIB = 1 << 20
+DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
 POOL_SHARE = 8  # of what is free, by default, for each tier: four workers with two tiers each fit on a host
 POOL_BYTES_MAX = 2 << 30  # and not more than this without being asked: 90,000 tokens of a 135M model in bfloat16
 BLOCKS_DEFAULT_MAX = 65_536  # and not more slots than this: their books take memory and start-up time of their own
@@ -21,8 +23,8 @@ class NodeConfig:
     Args:
         node_id: unique in the cluster; a restarted process keeps it and gets a new epoch.
         model: as engine.load takes it; "fake" needs no weights.
-        device: "cpu", or "cuda:N".
-        device_blocks, device_mib: size of the DEVICE tier; blocks win; both 0: a share of what is free.
+        device: "cpu", or "cuda:N": where the engine computes and the DEVICE tier lies.
+        device_blocks, device_mib: size of the DEVICE tier; blocks win; both 0: a share of what is free there.
         dram_blocks, dram_mib: the same for DRAM; dram_mib -1: no DRAM tier.
         threads: compute threads.
         cores: CPU cores that the process is pinned to; empty: not pinned.
@@ -75,6 +77,7 @@ class NodeConfig:
         for name in ("device_blocks", "dram_blocks"):
             self._require(getattr(self, name) <= BLOCKS_MAX, name, f"at most {BLOCKS_MAX} blocks")
         self._require(self.dram_mib >= -1, "dram_mib", "-1 (no DRAM tier), 0 (default) or more")
+        self._require(bool(DEVICE.fullmatch(self.device)), "device", '"cpu", or "cuda:N"')
         self._require(0 < len(self.node_id) <= 64, "node_id", "1 to 64 characters")
         self._require(0.01 <= self.report_interval_s <= 10.0, "report_interval_s", "seconds in [0.01, 10]")
         self._require(0.3 <= self.registry_ttl_s <= 60.0, "registry_ttl_s", "seconds in [0.3, 60]")
@@ -83,14 +86,16 @@ class NodeConfig:
         everywhere = self.listen.startswith(("0.0.0.0:", "[::]:"))
         self._require(not everywhere or bool(self.advertise), "advertise", "an address, since `listen` is none")
 
-    def num_blocks(self, block_bytes: int, free_bytes: int) -> tuple[int, int]:
+    def num_blocks(self, block_bytes: int, free_bytes: int, device_free_bytes: int | None = None) -> tuple[int, int]:
         """Slots of the DEVICE and of the DRAM tier.
 
         Args:
-            free_bytes: memory that this process may still take.
+            free_bytes: host memory that this process may still take.
+            device_free_bytes: the same on its GPU; None: the DEVICE tier lies in host memory.
         """
-        share = min(min(free_bytes // POOL_SHARE, POOL_BYTES_MAX) // block_bytes, BLOCKS_DEFAULT_MAX)
-        device = self.device_blocks or self.device_mib * MIB // block_bytes or max(1, share)
+        share = _share(free_bytes, block_bytes)
+        device_share = share if device_free_bytes is None else _share(device_free_bytes, block_bytes)
+        device = self.device_blocks or self.device_mib * MIB // block_bytes or max(1, device_share)
         if self.dram_mib < 0:
             return device, 0
         return device, self.dram_blocks or self.dram_mib * MIB // block_bytes or share
@@ -98,3 +103,7 @@ class NodeConfig:
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
             raise ConfigError(key=f"node.{name}", value=getattr(self, name), expected=expected)
+
+
+def _share(free_bytes: int, block_bytes: int) -> int:
+    return min(min(free_bytes // POOL_SHARE, POOL_BYTES_MAX) // block_bytes, BLOCKS_DEFAULT_MAX)

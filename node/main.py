@@ -69,6 +69,9 @@ def prepare_host(config: NodeConfig) -> None:
         if not set(config.cores) <= set(allowed):
             raise ConfigError(key="node.cores", value=config.cores, expected=f"some of {allowed}")
         os.sched_setaffinity(0, config.cores)
+    if config.device != "cpu":
+        # A transfer that times out is an error of its pair: torch's watchdog would end the whole process in its place.
+        settings.export(TORCH_NCCL_BLOCKING_WAIT="1", TORCH_NCCL_ENABLE_MONITORING="0")
     # Spinning between two products steals the core from the loop that shares it.
     settings.export(
         OMP_NUM_THREADS=str(config.threads), KMP_BLOCKTIME="0", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0"

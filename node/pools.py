@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.protocol import KvLayout
+from engine.protocol import KvLayout, Pool
 from halfmoon.types import Tier
 from kv_store.tiers import KvCache
 from node.config import NodeConfig
 
 if TYPE_CHECKING:
     from kv_store.arena import Arena
+
+DEVICE_KEY = "node.device_blocks"
+DRAM_KEY = "node.dram_blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +25,11 @@ class Pools:
     arenas: dict[Tier, Arena]
 
     @property
-    def pool(self) -> Any:
-        """What the engine binds: a memoryview on the host, a tensor on a GPU."""
+    def pool(self) -> Pool:
+        """What the engine binds: the DEVICE tier's bytes, a memoryview on the host, a tensor on a GPU."""
         arena: Any = self.arenas[Tier.DEVICE]
-        return arena.buffer if arena.device == "cpu" else arena.tensor
+        pool: Pool = arena.buffer if arena.device == "cpu" else arena.tensor
+        return pool
 
     def num_slots(self, tier: Tier) -> int:
         arena = self.arenas.get(tier)
@@ -39,27 +43,44 @@ class Pools:
 def make_pools(config: NodeConfig, layout: KvLayout) -> Pools:
     """Allocate the tiers that `config` asks for, or a share of what is free.
 
+    On a GPU worker DEVICE is a tensor on that GPU and DRAM is pinned.
+
     Raises:
         ConfigError: naming the setting, when there is less room than it asks for.
     """
-    from kv_store.arena_dram import DramArena  # these load torch, which reads its threads from the environment once
+    return _host_pools(config, layout.block_bytes) if config.device == "cpu" else _gpu_pools(config, layout.block_bytes)
+
+
+# The arenas load torch, which reads its threads from the environment once: they are imported when they are made.
+
+
+def _host_pools(config: NodeConfig, size: int) -> Pools:
+    from kv_store.arena_device import DeviceArena
+    from kv_store.arena_dram import DramArena
     from kv_store.arena_shared import memory_free_bytes
 
-    size = layout.block_bytes
     device_blocks, dram_blocks = config.num_blocks(size, memory_free_bytes())
-    arenas: dict[Tier, Arena] = {Tier.DEVICE: _device_arena(config, device_blocks, size)}
-    if dram_blocks:
-        arenas[Tier.DRAM] = DramArena(num_slots=dram_blocks, block_bytes=size, key="node.dram_blocks")
-    cache = KvCache(num_device_slots=device_blocks, num_dram_slots=dram_blocks, block_size=config.block_size)
+    device = DeviceArena(num_slots=device_blocks, block_bytes=size, key=DEVICE_KEY)
+    dram = DramArena(num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY) if dram_blocks else None
+    return _pools(config, device, dram)
+
+
+def _gpu_pools(config: NodeConfig, size: int) -> Pools:
+    from kv_store.arena_pinned import PinnedDramArena
+    from kv_store.arena_shared import memory_free_bytes
+    from kv_store.arena_tensor import TensorArena, device_free_bytes
+
+    device_blocks, dram_blocks = config.num_blocks(size, memory_free_bytes(), device_free_bytes(config.device))
+    device = TensorArena(device=config.device, num_slots=device_blocks, block_bytes=size, key=DEVICE_KEY)
+    dram = PinnedDramArena(num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY) if dram_blocks else None
+    return _pools(config, device, dram)
+
+
+def _pools(config: NodeConfig, device: Arena, dram: Arena | None) -> Pools:
+    arenas = {Tier.DEVICE: device} | ({} if dram is None else {Tier.DRAM: dram})
+    cache = KvCache(
+        num_device_slots=device.num_slots,
+        num_dram_slots=0 if dram is None else dram.num_slots,
+        block_size=config.block_size,
+    )
     return Pools(cache=cache, arenas=arenas)
-
-
-def _device_arena(config: NodeConfig, num_slots: int, block_bytes: int) -> Arena:
-    key = "node.device_blocks"
-    if config.device == "cpu":
-        from kv_store.arena_device import DeviceArena
-
-        return DeviceArena(num_slots=num_slots, block_bytes=block_bytes, key=key)
-    from kv_store.arena_cuda import CudaArena
-
-    return CudaArena(device=config.device, num_slots=num_slots, block_bytes=block_bytes, key=key)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from engine.protocol import Engine, Slice
+from halfmoon.errors import ConfigError
 from halfmoon.types import SamplingParams, Tier
 from node.config import NodeConfig
 from node.pools import Pools
@@ -14,23 +17,34 @@ def load_engine(config: NodeConfig) -> Engine:
     """The engine that `config` names; model "fake" with `fake_pass_s` sleeps that long in each pass.
 
     Raises:
-        CheckpointError, ConfigError
+        CheckpointError
+        ConfigError: naming the setting; node.device, when there is no such GPU or no CUDA in this torch.
     """
     from engine.load import FAKE_MODEL
     from engine.load import load_engine as load
 
-    engine = load(
-        config.model,
-        dtype=config.dtype,
-        block_size=config.block_size,
-        device=config.device,
-        threads=config.threads,
-    )
+    try:
+        engine = load(
+            config.model,
+            dtype=config.dtype,
+            block_size=config.block_size,
+            device=config.device,
+            threads=config.threads,
+        )
+    except ConfigError as error:
+        raise _as_setting(error) from error
     if config.model == FAKE_MODEL and config.fake_pass_s > 0:
         from engine.fake_sleep import SleepingEngine
 
         return SleepingEngine(engine, pass_s=config.fake_pass_s)
     return engine
+
+
+def _as_setting(error: ConfigError) -> ConfigError:
+    """The engine names its argument; an operator knows it as a setting of section `node`."""
+    if error.key not in {field.name for field in fields(NodeConfig)}:
+        return error
+    return ConfigError(key=f"node.{error.key}", value=error.value, expected=error.expected)
 
 
 def warm_up(engine: Engine, pools: Pools, config: NodeConfig) -> bool:

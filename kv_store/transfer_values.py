@@ -25,7 +25,8 @@ class TransferLimits:
         serves_max: pulls out of this node; each may pin many blocks.
         wants_max: blocks of one pull: 256 k tokens in blocks of 16.
         sessions_max: streams in each direction; a stream costs a socket and one or two threads.
-        batch_bytes_max: bytes posted under one GO credit: a few milliseconds of any link, so that pulls share it.
+        batch_bytes_max: bytes posted under one GO credit: some 10 ms of any link, so that pulls share it; a process group
+            stalls at a batch's border, and smaller batches cost up to half of its speed (benchmarks/links.py).
         batches_per_session_max: GO credits of one pair: one batch moves while the next one's credit travels.
         batches_max: GO credits of this node: what its memory bandwidth can serve.
         hash_blocks_max: blocks whose checksums are computed before they are granted together.
@@ -40,7 +41,7 @@ class TransferLimits:
     serves_max: int = 1024
     wants_max: int = 16_384
     sessions_max: int = 64
-    batch_bytes_max: int = 8 << 20
+    batch_bytes_max: int = 32 << 20
     batches_per_session_max: int = 2
     batches_max: int = 8
     hash_blocks_max: int = 16

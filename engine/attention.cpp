@@ -180,7 +180,7 @@ template <class T>
 void score(const Attention<T>& job, const Work& work, int64_t rows) {
   std::fill_n(work.weights, rows * kKeys, 0.0f);
   by_tile_rows(rows, [&](int64_t first, int64_t count) {
-    tile_rows(count, work.q + first * job.dim, job.dim, work.panels, job.dim * kPanel, kKeys / kPanel, job.dim,
+    tile_rows<false>(count, work.q + first * job.dim, job.dim, work.panels, job.dim * kPanel, kKeys / kPanel, job.dim,
               work.weights + first * kKeys, kKeys);
   });
 }
@@ -199,7 +199,7 @@ void soften_rows(const Attention<T>& job, const AttentionUnit& unit, const Work&
 // Adds the first `depth` values of the tile.
 void add_values(const Work& work, int64_t rows, int64_t depth) {
   by_tile_rows(rows, [&](int64_t first, int64_t count) {
-    tile_rows(count, work.weights + first * kKeys, kKeys, work.panels, kKeys * kPanel, work.width / kPanel, depth,
+    tile_rows<false>(count, work.weights + first * kKeys, kKeys, work.panels, kKeys * kPanel, work.width / kPanel, depth,
               work.sum + first * work.width, work.width);
   });
 }

@@ -7,7 +7,8 @@
 namespace halfmoon {
 namespace {
 
-constexpr int64_t kDepthBlock = 512;         // of k: a bf16 panel's block and six rows fit a 32 KiB L1
+constexpr int64_t kDepthBlock = 512;         // of k, at most: a bf16 panel's block and six rows fit a 32 KiB L1
+constexpr int64_t kAheadBytes = 2048;        // of a panel that is read once, at few rows
 constexpr int64_t kRowBlockFloats = 80'000;  // inputs of one row block, widened: they stay in a 512 KiB L2
 constexpr int64_t kRowBlockMin = 48;         // rows that share one reading of the weights from memory
 constexpr int64_t kRowBlockMax = 192;
@@ -46,20 +47,33 @@ void store_sums(const float* sums, int64_t rows, int64_t width, int64_t columns,
     });
 }
 
+// While one tile of many computes on a panel, it fetches its share of the next; a lone one runs ahead in its own.
+template <class T>
+Ahead ahead_of(const T* panel, int64_t depth, int64_t k, int64_t tile, int64_t tiles) {
+  const int64_t step_bytes = kPanel * sizeof(T);
+  const char* at = reinterpret_cast<const char*>(panel);
+  if (tiles == 1) return {at + k * step_bytes + kAheadBytes, step_bytes};
+  const int64_t share = step_bytes / tiles;
+  return {at + depth * step_bytes + tile * depth * share + k * share, share};
+}
+
 // One row block: each group of panels is read once, from memory into L1, for all its rows.
 template <class T>
 void multiply_block(const Linear<T>& job, const float* a, int64_t a_stride, int64_t first_row, int64_t rows,
                     int64_t first_panel, int64_t last_panel, float* sums) {
-  const int64_t depth = job.in_features;
+  const int64_t depth = job.in_features, tiles = num_tiles(rows);
+  const int64_t depth_blocks = (depth + kDepthBlock - 1) / kDepthBlock, step = (depth + depth_blocks - 1) / depth_blocks;
   const int64_t group = panels_at_once(int(std::min<int64_t>(rows, kTileRows)));
   for (int64_t p = first_panel; p < last_panel; p += group) {
     const int64_t panels = std::min(group, last_panel - p), width = panels * kPanel, column = p * kPanel;
     const int64_t columns = std::min(width, job.out_features - column);
+    const T* panel = job.panels + p * depth * kPanel;
     start_sums(job.bias, column, columns, rows, width, sums);
-    for (int64_t k = 0; k < depth; k += kDepthBlock)
+    for (int64_t k = 0; k < depth; k += step)
       by_tile_rows(rows, [&](int64_t r, int64_t count) {
-        tile_rows(count, a + r * a_stride + k, a_stride, job.panels + p * depth * kPanel + k * kPanel, depth * kPanel,
-                  panels, std::min(kDepthBlock, depth - k), sums + r * width, width);
+        tile_rows<true>(count, a + r * a_stride + k, a_stride, panel + k * kPanel, depth * kPanel, panels,
+                        std::min(step, depth - k), sums + r * width, width,
+                        ahead_of(panel, depth, k, r * tiles / rows, tiles));
       });
     store_sums(sums, rows, width, columns, job.out + first_row * job.out_features + column, job.out_features);
   }

@@ -13,11 +13,15 @@ log = logging.getLogger("kv_store.arena_pinned")
 
 
 class PinnedDramArena(DramArena):
-    """Memory that CUDA refuses to pin (a limit on locked memory, say) works too, slower: it is logged once."""
+    """Memory that CUDA refuses to pin (a limit on locked memory, say) works too, slower: it is logged once.
 
-    def __init__(self, *, num_slots: int, block_bytes: int, key: str = "num_dram_blocks") -> None:
+    Args:
+        device: the worker's GPU, "cuda:N".
+    """
+
+    def __init__(self, *, device: str, num_slots: int, block_bytes: int, key: str = "num_dram_blocks") -> None:
         super().__init__(num_slots=num_slots, block_bytes=block_bytes, key=key)
-        self._pinned_at = pin(self.buffer)
+        self._pinned_at = pin(self.buffer, device)
 
     def close(self) -> None:
         """Unpin first: CUDA must not hold pages that are no longer mapped. Idempotent."""
@@ -27,16 +31,14 @@ class PinnedDramArena(DramArena):
         super().close()
 
 
-def pin(memory: memoryview) -> int:
-    """Page-lock host memory for all GPUs of this process; its address, to be unregistered, or 0: it was refused.
-
-    Not yet run on a GPU.
-    """
+def pin(memory: memoryview, device: str) -> int:
+    """Page-lock host memory; its address, to be unregistered, or 0: it was refused. Not yet run on a GPU."""
     if not torch.cuda.is_available():
         log.info("no GPU here: %d MiB of DRAM stay unpinned", len(memory) >> 20)
         return 0
     address = int(np.frombuffer(memory, dtype=np.uint8).ctypes.data)
-    status = int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
+    with torch.cuda.device(device):  # or CUDA takes memory on the first GPU too
+        status = int(torch.cuda.cudart().cudaHostRegister(address, len(memory), 0))
     if status != 0:
         log.warning("CUDA does not pin %d MiB of DRAM (error %d): copies will be slower", len(memory) >> 20, status)
         return 0

@@ -138,6 +138,8 @@ class _End:
         works: list[Any] = []
         try:
             group = self._join(batch, deadline)
+            if self._gpu is not None:
+                deadline = Deadline(timeout_s)  # a communicator takes NCCL seconds: no fault of this batch's
             with self._own_stream():
                 works.extend(self._post(group, message) for t in tensors for message in self._messages(t))
                 for work in works:

@@ -19,6 +19,14 @@ from service.run import EXIT_REFUSED, REFUSALS, run
 
 log = logging.getLogger("node.main")
 
+NCCL = {
+    "TORCH_NCCL_BLOCKING_WAIT": "1",  # a transfer that times out is its pair's error; the default ends the process
+    "TORCH_NCCL_ENABLE_MONITORING": "0",  # ends the process too; and it polls a store that others' groups have
+    "TORCH_NCCL_USE_COMM_NONBLOCKING": "1",  # a peer that dies while a communicator is made must not hang us ...
+    "TORCH_NCCL_NONBLOCKING_TIMEOUT": "30",  # ... for longer than this (seconds)
+}
+"""For torch's NCCL groups, which read the environment when they are made. Not yet run on a GPU."""
+
 RUN_SLACK_S = 10.0  # over the drain's own bound, before the process is ended by force
 
 
@@ -70,8 +78,7 @@ def prepare_host(config: NodeConfig) -> None:
             raise ConfigError(key="node.cores", value=config.cores, expected=f"some of {allowed}")
         os.sched_setaffinity(0, config.cores)
     if config.device != "cpu":
-        # A transfer that times out is an error of its pair: torch's watchdog would end the whole process in its place.
-        settings.export(TORCH_NCCL_BLOCKING_WAIT="1", TORCH_NCCL_ENABLE_MONITORING="0")
+        settings.export(**NCCL)
     # Spinning between two products steals the core from the loop that shares it.
     settings.export(
         OMP_NUM_THREADS=str(config.threads), KMP_BLOCKTIME="0", OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="0"

@@ -72,7 +72,11 @@ def _gpu_pools(config: NodeConfig, size: int) -> Pools:
 
     device_blocks, dram_blocks = config.num_blocks(size, memory_free_bytes(), device_free_bytes(config.device))
     device = TensorArena(device=config.device, num_slots=device_blocks, block_bytes=size, key=DEVICE_KEY)
-    dram = PinnedDramArena(num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY) if dram_blocks else None
+    dram = (
+        PinnedDramArena(device=config.device, num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY)
+        if dram_blocks
+        else None
+    )
     return _pools(config, device, dram)
 
 

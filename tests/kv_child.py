@@ -1,4 +1,6 @@
-"""A node in another process: `python -m tests.kv_child source|sink LINK FOLDER EPOCH [ADDRESS]`, to kill and to stop.
+"""A node in another process: `python -m tests.kv_child source|sink LINK[@DEVICE] FOLDER EPOCH [ADDRESS]`.
+
+For tests to kill and to stop. DEVICE: the pool is a tensor there.
 
 source: holds blocks 0 to 63 and says "ready ADDRESS". sink: pulls them, waiting for a tail that never comes, and says
 "arrived" and "ended KIND".
@@ -18,16 +20,20 @@ from tests.kv_nodes import PROCESS_LIMITS, name_of, running_node
 NUM_BLOCKS = 64
 
 
-async def source(link: str, folder: Path, epoch: str) -> None:
-    async with running_node("p", folder, link=link, epoch=epoch, num_slots=64, limits=PROCESS_LIMITS) as node:
+async def source(link: str, pool: str, folder: Path, epoch: str) -> None:
+    async with running_node(
+        "p", folder, link=link, pool=pool, epoch=epoch, num_slots=64, limits=PROCESS_LIMITS
+    ) as node:
         for number in range(NUM_BLOCKS):
             node.put(number, number)
         say(f"ready {node.address}")
         await asyncio.sleep(60.0)
 
 
-async def sink(link: str, folder: Path, epoch: str, address: str) -> None:
-    async with running_node("d", folder, link=link, epoch=epoch, num_slots=65, limits=PROCESS_LIMITS) as node:
+async def sink(link: str, pool: str, folder: Path, epoch: str, address: str) -> None:
+    async with running_node(
+        "d", folder, link=link, pool=pool, epoch=epoch, num_slots=65, limits=PROCESS_LIMITS
+    ) as node:
         say(f"ready {node.address}")
         node.store.start_pull(endless(address, epoch))
         while not node.ended:
@@ -60,8 +66,9 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    load_links([sys.argv[2]])
+    link, _, device = sys.argv[2].partition("@")
+    load_links([link])
     if sys.argv[1] == "source":
-        asyncio.run(source(sys.argv[2], Path(sys.argv[3]), sys.argv[4]))
+        asyncio.run(source(link, device or "shared", Path(sys.argv[3]), sys.argv[4]))
     else:
-        asyncio.run(sink(sys.argv[2], Path(sys.argv[3]), sys.argv[4], sys.argv[5]))
+        asyncio.run(sink(link, device or "shared", Path(sys.argv[3]), sys.argv[4], sys.argv[5]))

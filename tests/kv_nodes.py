@@ -9,11 +9,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from halfmoon.blocks import Fingerprint
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, RequestId, Tier, TransferId
+from kv_store.arena import Arena
 from kv_store.arena_device import DeviceArena
 from kv_store.arena_dram import DramArena
 from kv_store.link_memory import MemoryNet
@@ -72,7 +74,7 @@ class Node:
     node_id: NodeId
     store: BlockStore
     shelf: Shelf
-    device: DeviceArena
+    device: Any
     dram: DramArena
     address: str
     epoch: Epoch
@@ -85,12 +87,12 @@ class Node:
         """A ready block, as if it had been computed here."""
         block_hash = name_of(number)
         arena = self.device if tier is Tier.DEVICE else self.dram
-        arena.slot(slot)[:] = content_of(block_hash, arena.block_bytes)
+        arena.copy_in(slot, content_of(block_hash, arena.block_bytes))
         self.shelf.places[block_hash] = Place(tier=tier, slot=slot, generation=1)
         return block_hash
 
     def holds(self, slot: int, block_hash: bytes) -> bool:
-        return bool((self.device.slot(slot) == content_of(block_hash, self.device.block_bytes)).all())
+        return bool((self.device.bytes_of(slot) == content_of(block_hash, self.device.block_bytes)).all())
 
     def spec(
         self,
@@ -151,9 +153,11 @@ async def running_node(
     limits: TransferLimits = QUICK,
     verify: bool = True,
     net: MemoryNet | None = None,
+    pool: str = "shared",
 ) -> AsyncIterator[Node]:
+    """pool: "shared" host memory, or the device of a tensor."""
     shelf = Shelf()
-    device = DeviceArena(num_slots=num_slots, block_bytes=block_bytes)
+    device = make_device(pool, num_slots, block_bytes)
     dram = DramArena(num_slots=num_slots, block_bytes=block_bytes)
     arrived: list[tuple[TransferId, tuple[int, ...]]] = []
     ended: list[PullEnded] = []
@@ -190,6 +194,14 @@ async def running_node(
         await server.stop(0)
         device.close()
         dram.close()
+
+
+def make_device(pool: str, num_slots: int, block_bytes: int) -> Arena:
+    if pool == "shared":
+        return DeviceArena(num_slots=num_slots, block_bytes=block_bytes)
+    from kv_store.arena_tensor import TensorArena
+
+    return TensorArena(device=pool, num_slots=num_slots, block_bytes=block_bytes)
 
 
 async def _tick(store: BlockStore) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,9 +18,9 @@ from halfmoon.types import AttemptId, Epoch, RequestId, Tier
 from kv_store.link_memory import Faults, MemoryNet
 from kv_store.pairing import load_links
 from tests.kv_child import NUM_BLOCKS, endless
+from tests.kv_children import Child
 from tests.kv_nodes import FINGERPRINT, PROCESS_LIMITS, QUICK, Node, content_of, name_of, running_node, until
 
-ROOT = Path(__file__).resolve().parents[2]
 LINKS = ("memory", "shm", "torch")
 A1 = AttemptId(RequestId("r"), 1)
 
@@ -316,34 +314,6 @@ def test_a_slow_link_is_only_slow(tmp_path: Path) -> None:
 
 KINDS = {kind.__name__ for kind in (PeerLost, TransferTimeout, TransferAborted, IntegrityError)}
 """What a sink that was stopped may find when it goes on: it depends on where in the protocol it was stopped."""
-
-
-class Child:
-    """A node in another process; see kv_child.py."""
-
-    def __init__(self, *args: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kv_child", *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-
-    async def line(self, start: str, timeout_s: float = 30.0) -> str:
-        """The rest of the next line that begins so."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(timeout_s):
-            while True:
-                line = await asyncio.to_thread(self.process.stdout.readline)
-                assert line, "the child has ended"
-                if line.startswith(start):
-                    return line.removeprefix(start).strip()
-
-    def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture(params=["shm", "torch"])

@@ -113,7 +113,9 @@ class Transformers:
 
     def __init__(self, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         self.name = f"transformers {dtype}"
         self._dtype = getattr(torch, dtype)
         self._model = AutoModelForCausalLM.from_pretrained(model_directory(MODEL), dtype=self._dtype).eval()

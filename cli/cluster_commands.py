@@ -25,6 +25,9 @@ OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
     click.option("--prefill", type=int, help="Prefill workers."),
     click.option("--decode", type=int, help="Decode workers."),
     click.option("--coupled", type=int, help="Workers that do both."),
+    click.option(
+        "--device", "devices", multiple=True, help="cpu or cuda:N; repeated, dealt out to the workers in turn."
+    ),
     click.option("--threads", type=int, help="Compute threads a worker."),
     click.option("--device-mib", type=int, help="KV pool of each worker, MiB."),
     click.option("--dram-mib", type=int, help="DRAM tier of each worker, MiB; -1: none."),
@@ -45,7 +48,7 @@ def cluster_options(command: click.decorators.FC) -> click.decorators.FC:
 
 def cluster_config(file: str | None, given: dict[str, object], name: str) -> ClusterConfig:
     """File, environment (HALFMOON_CLUSTER__PREFILL=2), flags: the later wins."""
-    overrides = {f"cluster.{key}": value for key, value in given.items() if value is not None}
+    overrides = {f"cluster.{key}": value for key, value in given.items() if value not in (None, ())}
     section = gather(file, overrides=overrides).get("cluster", {})
     section.setdefault("directory", str(cache_directory() / "run" / name))
     return load(ClusterConfig, section, path="cluster")
@@ -64,7 +67,7 @@ def up(file: str | None, **given: object) -> None:
 @click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds for the whole demo.")
 def demo(file: str | None, timeout: float, **given: object) -> None:
     """Start a cluster, answer several prompts on it, print what happened, stop it."""
-    given = {"port": 0, "admin_port": 0} | {k: v for k, v in given.items() if v is not None}
+    given = {"port": 0, "admin_port": 0} | {k: v for k, v in given.items() if v not in (None, ())}
     config = cluster_config(file, given, "demo")
     uvloop.run(run_demo(config, make_console(), show_progress, timeout))
 

@@ -219,6 +219,16 @@ class Pairing:
         return TorchSource(mailbox=_mailbox(end, publish), host=self._host, arenas=self._arenas, nccl=nccl)
 
 
+def links_of(end: SinkEnd | SourceEnd | None) -> list[SinkLink | SourceLink]:
+    """Each link once: tiers share them."""
+    return [] if end is None else list({id(link): link for link in end.links.values()}.values())
+
+
+def close_links(end: SinkEnd | SourceEnd | None) -> None:
+    for link in links_of(end):
+        link.close()
+
+
 def load_links(names: Iterable[str]) -> None:
     """Import what these links need: torch takes seconds, so this belongs in a thread. May block."""
     if {TORCH.name, NCCL.name} & set(names):

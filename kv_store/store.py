@@ -22,32 +22,16 @@ from halfmoon.blocks import Fingerprint
 from halfmoon.errors import ConfigError, PeerLost, TransferError
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, Tier, TransferId
 from halfmoon.v1 import kv_pb2_grpc
+from kv_store import transfer_values as tv
 from kv_store.arena import Arena
 from kv_store.arena_shared import SharedArena
 from kv_store.checksum import checksum
 from kv_store.link_memory import MemoryNet
-from kv_store.pairing import Pairing, SinkEnd, SourceEnd, load_links
+from kv_store.pairing import Pairing, SinkEnd, SourceEnd, close_links, links_of, load_links
 from kv_store.server import ChannelFactory, ExchangeServicer, Stream, dial
 from kv_store.transfer import TransferMachine
-from kv_store.transfer_source import Tail
-from kv_store.transfer_values import (
-    Arrived,
-    CopyPins,
-    Dial,
-    Effect,
-    Ended,
-    HandedOver,
-    Hangup,
-    Hash,
-    Message,
-    Receive,
-    SessionId,
-    Stamp,
-    Tell,
-    TransferLimits,
-    Transmit,
-    Withdrawn,
-)
+from kv_store.transfer_attempts import Tail
+from kv_store.transfer_values import CopyPins, SessionId, TransferLimits
 from kv_store.values import Move, Place, PullEnded, PullSpec
 from kv_store.wire import Begin, Envelope, Hello, Refusal, Rendezvous, Welcome
 from service.channel import make_channel
@@ -122,7 +106,7 @@ class BlockStore:
         self._on_handed_over, self._on_withdrawn = on_handed_over, on_withdrawn
         self._pairs: dict[SessionId, _Pair] = {}
         self._samples: deque[TransferSample] = deque(maxlen=SAMPLES_MAX)
-        self._effects: deque[Effect] = deque()
+        self._effects: deque[tv.Effect] = deque()
         self._performing = False
         self._mover = ThreadPoolExecutor(1, thread_name_prefix="kv-move")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="kv-hash")
@@ -131,17 +115,17 @@ class BlockStore:
         self._idle = asyncio.Event()
         self.servicer = ExchangeServicer(self)
         self._performers: dict[type, Callable[[Any], None]] = {
-            Dial: self._dial,
-            Hangup: lambda e: self._hang_up(e.session),
-            Tell: self._tell,
-            Receive: self._receive,
-            Transmit: self._transmit,
-            Hash: self._hash,
-            Stamp: lambda e: self._arenas[e.tier].stamp(e.slot, e.stamp),
-            Arrived: lambda e: self._on_arrived(e.transfer_id, e.indices),
-            Ended: self._ended,
-            HandedOver: lambda e: self._on_handed_over(e.attempt_id),
-            Withdrawn: lambda e: self._on_withdrawn(e.attempt_id),
+            tv.Dial: self._dial,
+            tv.Hangup: lambda e: self._hang_up(e.session),
+            tv.Tell: self._tell,
+            tv.Receive: self._receive,
+            tv.Transmit: self._transmit,
+            tv.Hash: self._hash,
+            tv.Stamp: lambda e: self._arenas[e.tier].stamp(e.slot, e.stamp),
+            tv.Arrived: lambda e: self._on_arrived(e.transfer_id, e.indices),
+            tv.Ended: self._ended,
+            tv.HandedOver: lambda e: self._on_handed_over(e.attempt_id),
+            tv.Withdrawn: lambda e: self._on_withdrawn(e.attempt_id),
         }
 
     # ---- life ----
@@ -241,7 +225,7 @@ class BlockStore:
         end = self._pairing.sink_end(welcome, traits, mapped, partial(self._publish, stream))
         pair = self._pairs.get(session)
         if pair is None or pair.closing:
-            _close_links(end)
+            close_links(end)
             raise PeerLost("given up during the greeting")
         pair.end = end
         log.info("pulling from %s over %s", welcome.node_id, ", ".join(f"{t.name}: {n}" for t, n in names.items()))
@@ -255,7 +239,7 @@ class BlockStore:
         if isinstance(message, Rendezvous):
             if pair.end is not None and pair.end.deliver is not None:
                 pair.end.deliver(message)
-        elif isinstance(message, Message):
+        elif isinstance(message, tv.Message):
             self._perform(self._machine.on_message(session, message, self._clock()))
 
     def on_gone(self, session: SessionId, error: PeerLost) -> None:
@@ -264,7 +248,7 @@ class BlockStore:
 
     # ---- effects ----
 
-    def _perform(self, effects: Sequence[Effect]) -> None:
+    def _perform(self, effects: Sequence[tv.Effect]) -> None:
         """In order; what a callback causes comes after what is being performed."""
         self._effects.extend(effects)
         if self._performing:
@@ -277,7 +261,7 @@ class BlockStore:
         finally:
             self._performing = False
 
-    def _dial(self, effect: Dial) -> None:
+    def _dial(self, effect: tv.Dial) -> None:
         pair = self._pairs[effect.session] = _Pair(stream=Stream())
         hello = self._pairing.hello(effect.epoch)
         conversation = dial(self, effect.session, effect.address, hello, pair.stream, self._channels)
@@ -286,11 +270,11 @@ class BlockStore:
     def _opened(self, session: SessionId, end: SinkEnd) -> None:
         self._perform(self._machine.on_open(session, end.traits, self._clock()))
 
-    def _tell(self, effect: Tell) -> None:
+    def _tell(self, effect: tv.Tell) -> None:
         if effect.session in self._pairs:
             self._pairs[effect.session].stream.send(effect.message)
 
-    def _ended(self, effect: Ended) -> None:
+    def _ended(self, effect: tv.Ended) -> None:
         ended = effect.ended
         if ended.num_bytes and effect.busy_s > 0.0:
             self._samples.append(
@@ -300,7 +284,7 @@ class BlockStore:
 
     # ---- jobs ----
 
-    def _receive(self, effect: Receive) -> None:
+    def _receive(self, effect: tv.Receive) -> None:
         answer = partial(self._machine.on_received, effect.batch.batch)
         pair = self._pairs.get(effect.session)
         if pair is None or pair.closing or not isinstance(pair.end, SinkEnd):
@@ -309,7 +293,7 @@ class BlockStore:
         link = pair.end.links[effect.batch.tier]
         self._run_job(effect.session, pair, partial(link.recv, effect.batch, effect.timeout_s), answer)
 
-    def _transmit(self, effect: Transmit) -> None:
+    def _transmit(self, effect: tv.Transmit) -> None:
         answer = partial(self._machine.on_transmitted, effect.session, effect.batch.batch)
         pair = self._pairs.get(effect.session)
         link = pair.end.links.get(effect.batch.tier) if pair is not None and isinstance(pair.end, SourceEnd) else None
@@ -319,7 +303,7 @@ class BlockStore:
         self._run_job(effect.session, pair, partial(link.send, effect.batch, effect.timeout_s), answer)
 
     def _run_job(
-        self, session: SessionId, pair: _Pair, job: Callable[[], None], answer: Callable[..., list[Effect]]
+        self, session: SessionId, pair: _Pair, job: Callable[[], None], answer: Callable[..., list[tv.Effect]]
     ) -> None:
         if pair.thread is None:
             pair.thread = ThreadPoolExecutor(1, thread_name_prefix=f"kv-link-{session}")
@@ -328,7 +312,7 @@ class BlockStore:
         future.add_done_callback(partial(self._job_done, session, pair, answer))
 
     def _job_done(
-        self, session: SessionId, pair: _Pair, answer: Callable[..., list[Effect]], future: asyncio.Future[None]
+        self, session: SessionId, pair: _Pair, answer: Callable[..., list[tv.Effect]], future: asyncio.Future[None]
     ) -> None:
         pair.num_jobs -= 1
         self._answer(answer, self._error_of(future))
@@ -345,15 +329,15 @@ class BlockStore:
         self._loop.call_exception_handler({"message": "a link's job failed", "exception": error, "future": future})
         return TransferError(f"{type(error).__name__}: {error}")
 
-    def _answer(self, answer: Callable[..., list[Effect]], error: TransferError | None) -> None:
+    def _answer(self, answer: Callable[..., list[tv.Effect]], error: TransferError | None) -> None:
         self._perform(answer(error, self._clock()))
 
-    def _hash(self, effect: Hash) -> None:
+    def _hash(self, effect: tv.Hash) -> None:
         self._num_hashing += 1
         future = self._loop.run_in_executor(self._hasher, self._checksums, effect.items)
         future.add_done_callback(partial(self._hashed, effect))
 
-    def _hashed(self, effect: Hash, future: asyncio.Future[dict[int, int]]) -> None:
+    def _hashed(self, effect: tv.Hash, future: asyncio.Future[dict[int, int]]) -> None:
         self._num_hashing -= 1
         now_s = self._clock()
         self._perform(self._machine.on_hashed(effect.session, effect.transfer_id, future.result(), now_s))
@@ -393,14 +377,14 @@ class BlockStore:
         pair.stream.close()
         if pair.task is not None and pair.task is not asyncio.current_task():
             pair.task.cancel()
-        for link in _links(pair.end):
+        for link in links_of(pair.end):
             link.interrupt()
         self._close_pair(session, pair)
 
     def _close_pair(self, session: SessionId, pair: _Pair) -> None:
         """Once no job runs: destroy the link."""
         if pair.num_jobs == 0 and self._pairs.get(session) is pair:
-            _close_links(pair.end)
+            close_links(pair.end)
             if pair.thread is not None:
                 pair.thread.shutdown(wait=False)
             del self._pairs[session]
@@ -411,13 +395,3 @@ class BlockStore:
 
     def _quiet(self) -> bool:
         return not self._pairs and not self._busy()
-
-
-def _links(end: SinkEnd | SourceEnd | None) -> list[Any]:
-    """Each link once: tiers share them."""
-    return [] if end is None else list({id(link): link for link in end.links.values()}.values())
-
-
-def _close_links(end: SinkEnd | SourceEnd | None) -> None:
-    for link in _links(end):
-        link.close()

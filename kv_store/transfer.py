@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 
 from halfmoon.errors import TransferError
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, Tier, TransferId
+from kv_store.transfer_attempts import Tail
 from kv_store.transfer_sink import Sink
-from kv_store.transfer_source import Source, Tail
+from kv_store.transfer_source import Source
 from kv_store.transfer_values import CopyPins, Effect, LinkTraits, Message, SessionId, TransferLimits
 from kv_store.values import PullSpec
 

@@ -7,86 +7,15 @@ exactly once, and only when none of its batches is in flight and the source has 
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from halfmoon.errors import IntegrityError, PeerLost, TransferAborted, TransferError, TransferTimeout
 from halfmoon.types import Epoch, NodeId, Tier, TransferId
-from kv_store.transfer_values import (
-    Abort,
-    Aborted,
-    Ack,
-    Arrived,
-    Batch,
-    Dial,
-    Effect,
-    Ended,
-    Go,
-    Grant,
-    Granted,
-    Hangup,
-    LinkTraits,
-    Message,
-    Missing,
-    Piece,
-    Ping,
-    Pong,
-    Pull,
-    Receive,
-    SessionId,
-    SourceDone,
-    Tell,
-    TransferLimits,
-    Wanted,
-)
+from kv_store import transfer_values as tv
+from kv_store.transfer_pulls import NO_LINK, PullState, SinkSession, overlap
+from kv_store.transfer_values import SessionId, TransferLimits
 from kv_store.values import PullEnded, PullSpec
-
-NO_LINK = LinkTraits(name="", two_sided=False)
-
-
-@dataclass(kw_only=True)
-class _Pull:
-    spec: PullSpec
-    started_s: float
-    targets: dict[int, int]  # index -> this node's slot
-    asked: bool = False
-    granted: dict[int, Grant] = field(default_factory=dict)  # not yet in a batch
-    taken: set[int] = field(default_factory=set)  # in a batch, arrived, or missing
-    arrived: set[int] = field(default_factory=set)
-    missing: set[int] = field(default_factory=set)
-    in_flight: int = 0
-    error: TransferError | None = None  # not None: ending
-    abort_acked: bool = False
-    abort_asked: bool = False  # the source waits for our Aborted
-    abort_by_s: float = 0.0
-    arrived_at_done: int | None = None
-    busy_since_s: float = 0.0
-    busy_s: float = 0.0
-    link: str = ""
-
-    @property
-    def deadline_s(self) -> float:
-        return self.started_s + self.spec.deadline_s
-
-    @property
-    def complete(self) -> bool:
-        return len(self.arrived) + len(self.missing) == len(self.targets)
-
-
-@dataclass(kw_only=True)
-class _Session:
-    session: SessionId
-    node_id: NodeId
-    epoch: Epoch
-    open: bool = False
-    links: Mapping[Tier, LinkTraits] = field(default_factory=dict)
-    pulls: dict[TransferId, _Pull] = field(default_factory=dict)
-    ready: deque[TransferId] = field(default_factory=deque)  # pulls with grants that are in no batch yet
-    num_batches: int = 0
-    group: int = 1
-    heard_s: float = 0.0
-    pinged_s: float = 0.0
 
 
 class Sink:
@@ -98,7 +27,7 @@ class Sink:
         block_bytes: int,
         verify: bool,
         limits: TransferLimits,
-        emit: Callable[[Effect], None],
+        emit: Callable[[tv.Effect], None],
         next_session: Callable[[], SessionId],
     ) -> None:
         self._block_bytes = block_bytes
@@ -106,10 +35,10 @@ class Sink:
         self._limits = limits
         self._emit = emit
         self._next_session = next_session
-        self._sessions: dict[SessionId, _Session] = {}
+        self._sessions: dict[SessionId, SinkSession] = {}
         self._by_peer: dict[tuple[NodeId, Epoch], SessionId] = {}
-        self._pulls: dict[TransferId, tuple[_Pull, SessionId]] = {}
-        self._batches: dict[int, tuple[SessionId, _Pull, Batch]] = {}
+        self._pulls: dict[TransferId, tuple[PullState, SessionId]] = {}
+        self._batches: dict[int, tuple[SessionId, PullState, tv.Batch]] = {}
         self._batch_id = 0
         self.counts: Counter[str] = Counter()
 
@@ -121,7 +50,7 @@ class Sink:
             raise ValueError(f"{spec.transfer_id} is a running pull")
         targets = {want.index: want.slot for want in spec.wants}
         assert len(targets) == len(spec.wants), "a pull asks for an index twice"
-        pull = _Pull(spec=spec, started_s=now_s, targets=targets)
+        pull = PullState(spec=spec, started_s=now_s, targets=targets)
         if (refusal := self._refusal(spec)) is not None:
             self.counts["pulls_refused"] += 1
             self._end(pull, None, refusal, now_s)
@@ -143,7 +72,7 @@ class Sink:
     def owns(self, session_id: SessionId) -> bool:
         return session_id in self._sessions
 
-    def on_open(self, session_id: SessionId, links: Mapping[Tier, LinkTraits], now_s: float) -> None:
+    def on_open(self, session_id: SessionId, links: Mapping[Tier, tv.LinkTraits], now_s: float) -> None:
         session = self._sessions[session_id]
         session.open, session.links = True, dict(links)
         session.heard_s = session.pinged_s = now_s
@@ -162,26 +91,26 @@ class Sink:
             pull.granted.clear()
             self._end_if_quiescent(session, pull, now_s)
 
-    def on_message(self, session_id: SessionId, message: Message, now_s: float) -> None:
+    def on_message(self, session_id: SessionId, message: tv.Message, now_s: float) -> None:
         session = self._sessions[session_id]
         session.heard_s = now_s
-        if isinstance(message, Pong | Ping):
+        if isinstance(message, tv.Pong | tv.Ping):
             return
         pull = session.pulls.get(message.transfer_id)
         if pull is None:
             self._on_stray(session, message)
             return
         match message:
-            case Granted():
+            case tv.Granted():
                 self._on_granted(session, pull, message, now_s)
-            case Missing():
+            case tv.Missing():
                 self._on_missing(session, pull, message, now_s)
-            case SourceDone():
+            case tv.SourceDone():
                 if pull.arrived_at_done is None:
                     pull.arrived_at_done = len(pull.arrived)
-            case Abort():
+            case tv.Abort():
                 self._on_abort(session, pull, message, now_s)
-            case Aborted():
+            case tv.Aborted():
                 pull.abort_acked = pull.abort_acked or pull.error is not None
                 self._end_if_quiescent(session, pull, now_s)
             case _:
@@ -242,16 +171,16 @@ class Sink:
         self._hang_up(min(idle, key=lambda s: s.heard_s), PeerLost("closed: idle"), 0.0)
         return True
 
-    def _session(self, spec: PullSpec, now_s: float) -> _Session:
+    def _session(self, spec: PullSpec, now_s: float) -> SinkSession:
         peer = (spec.source, spec.source_epoch)
         if peer not in self._by_peer:
-            session = _Session(
+            session = SinkSession(
                 session=self._next_session(), node_id=spec.source, epoch=spec.source_epoch, heard_s=now_s
             )
             self._sessions[session.session] = session
             self._by_peer[peer] = session.session
             self._emit(
-                Dial(
+                tv.Dial(
                     session=session.session,
                     node_id=spec.source,
                     epoch=spec.source_epoch,
@@ -260,15 +189,15 @@ class Sink:
             )
         return self._sessions[self._by_peer[peer]]
 
-    def _ask(self, session: _Session, pull: _Pull, now_s: float) -> None:
+    def _ask(self, session: SinkSession, pull: PullState, now_s: float) -> None:
         spec = pull.spec
         pull.asked = True
         if len(session.pulls) == 1:
             session.heard_s = session.pinged_s = now_s  # silence is counted only while something is asked
-        wants = tuple(Wanted(index=w.index, block_hash=w.block_hash, num_tokens=w.num_tokens) for w in spec.wants)
+        wants = tuple(tv.Wanted(index=w.index, block_hash=w.block_hash, num_tokens=w.num_tokens) for w in spec.wants)
         self._tell(
             session,
-            Pull(
+            tv.Pull(
                 transfer_id=spec.transfer_id,
                 attempt_id=spec.attempt_id,
                 wants=wants,
@@ -279,15 +208,15 @@ class Sink:
         )
         self._finish_if_complete(session, pull, now_s)
 
-    def _on_stray(self, session: _Session, message: Message) -> None:
+    def _on_stray(self, session: SinkSession, message: tv.Message) -> None:
         """A message for a pull that has ended here: make the source let go of whatever it granted."""
         self.counts["messages_stray"] += 1
-        if isinstance(message, Granted):
-            self._tell(session, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
-        elif isinstance(message, Abort):
-            self._tell(session, Aborted(transfer_id=message.transfer_id))
+        if isinstance(message, tv.Granted):
+            self._tell(session, tv.Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
+        elif isinstance(message, tv.Abort):
+            self._tell(session, tv.Aborted(transfer_id=message.transfer_id))
 
-    def _on_granted(self, session: _Session, pull: _Pull, message: Granted, now_s: float) -> None:
+    def _on_granted(self, session: SinkSession, pull: PullState, message: tv.Granted, now_s: float) -> None:
         if pull.error is not None:
             return
         for grant in message.grants:
@@ -301,13 +230,13 @@ class Sink:
             session.ready.append(message.transfer_id)
         self._schedule_all(now_s)
 
-    def _on_missing(self, session: _Session, pull: _Pull, message: Missing, now_s: float) -> None:
+    def _on_missing(self, session: SinkSession, pull: PullState, message: tv.Missing, now_s: float) -> None:
         new = {i for i in message.indices if i in pull.targets and i not in pull.taken and i not in pull.granted}
         pull.missing |= new
         pull.taken |= new
         self._finish_if_complete(session, pull, now_s)
 
-    def _on_abort(self, session: _Session, pull: _Pull, message: Abort, now_s: float) -> None:
+    def _on_abort(self, session: SinkSession, pull: PullState, message: tv.Abort, now_s: float) -> None:
         pull.error = pull.error or TransferAborted(f"{pull.spec.transfer_id}: by {session.node_id}: {message.reason}")
         pull.abort_acked = pull.abort_asked = True
         pull.granted.clear()
@@ -323,7 +252,7 @@ class Sink:
             for session in list(self._sessions.values()):
                 progressed |= self._schedule_one(session, now_s)
 
-    def _schedule_one(self, session: _Session, now_s: float) -> bool:
+    def _schedule_one(self, session: SinkSession, now_s: float) -> bool:
         """Post one batch of the pull whose turn it is; pulls of a session take turns."""
         limits = self._limits
         if session.num_batches >= limits.batches_per_session_max or len(self._batches) >= limits.batches_max:
@@ -338,16 +267,16 @@ class Sink:
             return True
         return False
 
-    def _post(self, session: _Session, pull: _Pull, now_s: float) -> None:
+    def _post(self, session: SinkSession, pull: PullState, now_s: float) -> None:
         grants = self._take_grants(pull)
         tier = grants[0].tier
         link = session.links.get(tier, NO_LINK)
         self._batch_id += 1
         pieces = tuple(
-            Piece(index=g.index, slot=g.slot, stamp=g.stamp, checksum=g.checksum, target=pull.targets[g.index])
+            tv.Piece(index=g.index, slot=g.slot, stamp=g.stamp, checksum=g.checksum, target=pull.targets[g.index])
             for g in grants
         )
-        batch = Batch(
+        batch = tv.Batch(
             batch=self._batch_id,
             transfer_id=pull.spec.transfer_id,
             tier=tier,
@@ -364,12 +293,12 @@ class Sink:
             indices = tuple(g.index for g in grants)
             self._tell(
                 session,
-                Go(transfer_id=batch.transfer_id, batch=batch.batch, group=batch.group, indices=indices),
+                tv.Go(transfer_id=batch.transfer_id, batch=batch.batch, group=batch.group, indices=indices),
             )
         timeout_s = min(self._limits.link_timeout_s, max(0.0, pull.deadline_s - now_s))
-        self._emit(Receive(session=session.session, batch=batch, timeout_s=timeout_s))
+        self._emit(tv.Receive(session=session.session, batch=batch, timeout_s=timeout_s))
 
-    def _take_grants(self, pull: _Pull) -> list[Grant]:
+    def _take_grants(self, pull: PullState) -> list[tv.Grant]:
         """The first grants, in order, that share a tier and fit one batch. At least one."""
         num_max = max(1, self._limits.batch_bytes_max // self._block_bytes)
         first = next(iter(pull.granted.values()))
@@ -381,7 +310,7 @@ class Sink:
         return grants
 
     def _account(
-        self, session: _Session | None, pull: _Pull, batch: Batch, error: TransferError | None, now_s: float
+        self, session: SinkSession | None, pull: PullState, batch: tv.Batch, error: TransferError | None, now_s: float
     ) -> None:
         if pull.error is not None or session is None:
             self._end_if_quiescent(session, pull, now_s)
@@ -391,18 +320,18 @@ class Sink:
         else:
             indices = tuple(piece.index for piece in batch.pieces)
             pull.arrived.update(indices)
-            self._tell(session, Ack(transfer_id=batch.transfer_id, indices=indices))
-            self._emit(Arrived(transfer_id=batch.transfer_id, indices=indices))
+            self._tell(session, tv.Ack(transfer_id=batch.transfer_id, indices=indices))
+            self._emit(tv.Arrived(transfer_id=batch.transfer_id, indices=indices))
             self._finish_if_complete(session, pull, now_s)
 
     # ---- ends ----
 
-    def _finish_if_complete(self, session: _Session, pull: _Pull, now_s: float) -> None:
+    def _finish_if_complete(self, session: SinkSession, pull: PullState, now_s: float) -> None:
         if pull.error is None and pull.asked and pull.complete:
             assert pull.in_flight == 0
             self._end(pull, session, None, now_s)
 
-    def _give_up(self, session: _Session, pull: _Pull, error: TransferError, now_s: float) -> None:
+    def _give_up(self, session: SinkSession, pull: PullState, error: TransferError, now_s: float) -> None:
         """Begin the two-way abort; the first reason counts."""
         if pull.error is not None:
             return
@@ -410,18 +339,18 @@ class Sink:
         pull.granted.clear()
         pull.abort_by_s = now_s + self._limits.abort_timeout_s
         if pull.asked:
-            self._tell(session, Abort(transfer_id=pull.spec.transfer_id, reason=str(error)))
+            self._tell(session, tv.Abort(transfer_id=pull.spec.transfer_id, reason=str(error)))
         else:
             pull.abort_acked = True
         self._end_if_quiescent(session, pull, now_s)
 
-    def _end_if_quiescent(self, session: _Session | None, pull: _Pull, now_s: float) -> None:
+    def _end_if_quiescent(self, session: SinkSession | None, pull: PullState, now_s: float) -> None:
         if pull.error is not None and pull.abort_acked and pull.in_flight == 0:
             if pull.abort_asked and session is not None and session.open:
-                self._tell(session, Aborted(transfer_id=pull.spec.transfer_id))
+                self._tell(session, tv.Aborted(transfer_id=pull.spec.transfer_id))
             self._end(pull, session, pull.error, now_s)
 
-    def _end(self, pull: _Pull, session: _Session | None, error: TransferError | None, now_s: float) -> None:
+    def _end(self, pull: PullState, session: SinkSession | None, error: TransferError | None, now_s: float) -> None:
         spec = pull.spec
         assert pull.in_flight == 0
         self._pulls.pop(spec.transfer_id, None)
@@ -436,40 +365,32 @@ class Sink:
             num_bytes=len(pull.arrived) * self._block_bytes,
             seconds=now_s - pull.started_s,
             link=pull.link,
-            overlap=_overlap(pull),
+            overlap=overlap(pull),
         )
-        self._emit(Ended(ended=ended, source=spec.source, busy_s=pull.busy_s))
+        self._emit(tv.Ended(ended=ended, source=spec.source, busy_s=pull.busy_s))
 
     # ---- time ----
 
-    def _check_deadlines(self, session: _Session, pull: _Pull, now_s: float) -> None:
+    def _check_deadlines(self, session: SinkSession, pull: PullState, now_s: float) -> None:
         if pull.error is None and now_s >= pull.deadline_s:
             so_far = f"{len(pull.arrived)} of {len(pull.targets)} blocks in {pull.spec.deadline_s:.3f} s"
             self._give_up(session, pull, TransferTimeout(f"{pull.spec.transfer_id}: {so_far}"), now_s)
         elif pull.error is not None and not pull.abort_acked and now_s >= pull.abort_by_s:
             self._hang_up(session, PeerLost(f"{session.node_id} did not acknowledge an abort"), now_s)
 
-    def _check_liveness(self, session: _Session, now_s: float) -> None:
+    def _check_liveness(self, session: SinkSession, now_s: float) -> None:
         if not session.open or not session.pulls:
             return
         if now_s - session.heard_s > self._limits.silence_s_max:
             self._hang_up(session, PeerLost(f"{session.node_id} has been silent for too long"), now_s)
         elif now_s - session.pinged_s >= self._limits.ping_interval_s:
             session.pinged_s = now_s
-            self._tell(session, Ping())
+            self._tell(session, tv.Ping())
 
-    def _hang_up(self, session: _Session, error: TransferError, now_s: float) -> None:
+    def _hang_up(self, session: SinkSession, error: TransferError, now_s: float) -> None:
         if session.session in self._sessions:
-            self._emit(Hangup(session=session.session, reason=str(error)))
+            self._emit(tv.Hangup(session=session.session, reason=str(error)))
             self.on_lost(session.session, error, now_s)
 
-    def _tell(self, session: _Session, message: Message) -> None:
-        self._emit(Tell(session=session.session, message=message))
-
-
-def _overlap(pull: _Pull) -> float:
-    """The share of the pull's bytes that were here when the source had ended; all of them, if it never said so."""
-    if not pull.targets:
-        return 1.0
-    at_done = len(pull.arrived) if pull.arrived_at_done is None else pull.arrived_at_done
-    return at_done / len(pull.targets)
+    def _tell(self, session: SinkSession, message: tv.Message) -> None:
+        self._emit(tv.Tell(session=session.session, message=message))

@@ -25,8 +25,8 @@ class TransferLimits:
         serves_max: pulls out of this node; each may pin many blocks.
         wants_max: blocks of one pull: 256 k tokens in blocks of 16.
         sessions_max: streams in each direction; a stream costs a socket and one or two threads.
-        batch_bytes_max: bytes posted under one GO credit: some 10 ms of any link, so that pulls share it; a process group
-            stalls at a batch's border, and smaller batches cost up to half of its speed (benchmarks/links.py).
+        batch_bytes_max: bytes posted under one GO credit: some 10 ms of any link, so that pulls share it; a process
+            group stalls at a batch's border, and smaller ones cost up to half of its speed (benchmarks/links.py).
         batches_per_session_max: GO credits of one pair: one batch moves while the next one's credit travels.
         batches_max: GO credits of this node: what its memory bandwidth can serve.
         hash_blocks_max: blocks whose checksums are computed before they are granted together.

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from halfmoon.errors import IntegrityError, PeerLost, TransferError
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, RequestId, Tier, TransferId
 from kv_store.transfer import TransferMachine
-from kv_store.transfer_source import Tail
+from kv_store.transfer_attempts import Tail
 from kv_store.transfer_values import (
     Arrived,
     Dial,

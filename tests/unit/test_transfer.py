@@ -5,7 +5,7 @@ from __future__ import annotations
 from halfmoon.errors import IntegrityError, PeerLost, TransferAborted, TransferError, TransferTimeout
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, RequestId, Tier, TransferId
 from kv_store.transfer import TransferMachine
-from kv_store.transfer_source import Tail
+from kv_store.transfer_attempts import Tail
 from kv_store.transfer_values import (
     Abort,
     Aborted,

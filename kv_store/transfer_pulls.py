@@ -1,0 +1,67 @@
+"""Pure: what the sink remembers of each pull and of each source."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from halfmoon.errors import TransferError
+from halfmoon.types import Epoch, NodeId, Tier, TransferId
+from kv_store import transfer_values as tv
+from kv_store.transfer_values import SessionId
+from kv_store.values import PullSpec
+
+NO_LINK = tv.LinkTraits(name="", two_sided=False)
+
+
+@dataclass(kw_only=True)
+class PullState:
+    spec: PullSpec
+    started_s: float
+    targets: dict[int, int]  # index -> this node's slot
+    asked: bool = False
+    granted: dict[int, tv.Grant] = field(default_factory=dict)  # not yet in a batch
+    taken: set[int] = field(default_factory=set)  # in a batch, arrived, or missing
+    arrived: set[int] = field(default_factory=set)
+    missing: set[int] = field(default_factory=set)
+    in_flight: int = 0
+    error: TransferError | None = None  # not None: ending
+    abort_acked: bool = False
+    abort_asked: bool = False  # the source waits for our Aborted
+    abort_by_s: float = 0.0
+    arrived_at_done: int | None = None
+    busy_since_s: float = 0.0
+    busy_s: float = 0.0
+    link: str = ""
+
+    @property
+    def deadline_s(self) -> float:
+        return self.started_s + self.spec.deadline_s
+
+    @property
+    def complete(self) -> bool:
+        return len(self.arrived) + len(self.missing) == len(self.targets)
+
+
+@dataclass(kw_only=True)
+class SinkSession:
+    session: SessionId
+    node_id: NodeId
+    epoch: Epoch
+    open: bool = False
+    links: Mapping[Tier, tv.LinkTraits] = field(default_factory=dict)
+    pulls: dict[TransferId, PullState] = field(default_factory=dict)
+    ready: deque[TransferId] = field(default_factory=deque)  # pulls with grants that are in no batch yet
+    num_batches: int = 0
+    group: int = 1
+    heard_s: float = 0.0
+    pinged_s: float = 0.0
+
+
+def overlap(pull: PullState) -> float:
+    """The share of the pull's bytes that were here when the source had ended; all of them, if it never said so."""
+    if not pull.targets:
+        return 1.0
+    at_done = len(pull.arrived) if pull.arrived_at_done is None else pull.arrived_at_done
+    return at_done / len(pull.targets)

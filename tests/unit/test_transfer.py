@@ -384,6 +384,17 @@ def test_an_abort_is_acknowledged_after_the_send_that_runs() -> None:
     assert shelf.pins == []
 
 
+def test_a_block_that_is_acknowledged_before_its_send_returns_is_held_until_then() -> None:
+    machine, shelf = source(4)
+    machine.on_message(PEER, pull(4), 0.0)
+    machine.on_message(PEER, Go(transfer_id=T1, batch=1, group=1, indices=(0,)), 0.1)
+    assert machine.on_message(PEER, Ack(transfer_id=T1, indices=(0,)), 0.2) == []
+    assert shelf.pins == [4]
+    assert machine.on_transmitted(PEER, 1, None, 0.3) == [Stamp(tier=Tier.DEVICE, slot=4, stamp=0)]
+    assert shelf.pins == []
+    assert machine.quiescent
+
+
 def test_a_go_beyond_the_credits_or_for_what_is_not_granted_ends_the_pull() -> None:
     machine, _ = source(4)
     machine.on_message(PEER, pull(4, 9, wait=True), 0.0)

@@ -35,6 +35,7 @@ class Timer(enum.StrEnum):
     RESERVE = "reserve"
     SEEK = "seek"
     JOIN = "join"
+    LAST = "last"
     WIND = "wind"
 
 
@@ -50,7 +51,10 @@ class Leg:
 
 @dataclass(kw_only=True)
 class Attempt:
-    """One try. `decode` is None while another decode worker is looked for; on a coupled worker it is `prefill`."""
+    """One try. `decode` is None while another decode worker is looked for; on a coupled worker it is `prefill`.
+
+    withheld: the prefill worker's command, not sent before decode room is reserved (see Placer); None: it was sent.
+    """
 
     attempt_id: AttemptId
     prefill: Leg
@@ -64,6 +68,7 @@ class Attempt:
     decode_refused: frozenset[NodeId] = frozenset()
     joined_s: float | None = None
     fetch_source: NodeId | None = None
+    withheld: PrefillCommand | None = None
 
     @property
     def coupled(self) -> bool:
@@ -79,7 +84,10 @@ class Attempt:
 
 @dataclass(kw_only=True)
 class Request:
-    """Times are the machine's `now_s`. `number` is the last attempt's; `record.number_before` before the first."""
+    """Times are the machine's `now_s`. `number` is the last attempt's; `record.number_before` before the first.
+
+    crowded: no decode worker had room for it, whatever their books here say.
+    """
 
     spec: RequestSpec
     arrived_s: float
@@ -94,6 +102,7 @@ class Request:
     held_why: str = ""
     cause: str = "arrived"
     stream_finished: bool = False
+    crowded: bool = False
     timers: dict[Timer, float] = field(default_factory=dict)
 
     @property
@@ -122,6 +131,20 @@ class Request:
 
     def due(self, now_s: float) -> list[Timer]:
         return [timer for timer, at_s in self.timers.items() if at_s <= now_s]
+
+
+def awaits_tokens_of(request: Request, attempt: Attempt, node_id: NodeId, epoch: Epoch) -> bool:
+    """Whether tokens of this attempt that the front end lacks may be lost with this worker's token stream.
+
+    Once an attempt decodes, its first token (of the prefill worker) has long been on its way by another stream.
+    """
+    leg = attempt.leg_at(node_id, epoch)
+    if leg is None or request.stream_finished:
+        return False
+    if leg is attempt.prefill and request.phase in (Phase.PREFILLING, Phase.JOINING):
+        return True
+    first_was_last = request.phase is Phase.FINISHING and attempt.joined_s is None
+    return first_was_last if leg is not attempt.decode else request.phase is not Phase.PREFILLING
 
 
 def prefill_command(request: Request, attempt: Attempt, fetches: tuple[Fetch, ...], now_s: float) -> PrefillCommand:

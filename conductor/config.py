@@ -38,6 +38,8 @@ class ConductorConfig:
     phase_wait_s: float = 60.0
     """For prefill or for joining the decode batch, beyond `phase_factor` times what was predicted."""
     phase_factor: float = 10.0
+    last_token_wait_s: float = 5.0
+    """For the front end to have the last token, after its worker has said that it left."""
     closed_wait_s: float = 10.0
     """For Closed after CancelCommand; a missing one is counted."""
     finish_grace_s: float = 0.25

@@ -107,6 +107,8 @@ class Desk:
         if not leg.open:
             return
         self.close_leg(attempt, leg, now_s)
+        if leg is attempt.prefill and attempt.withheld is not None:
+            return  # it was never told of this attempt
         if self.view.at(leg.node_id, leg.epoch) is not None:
             self.cancel_at(leg.node_id, leg.epoch, attempt.attempt_id, reason, now_s)
             if leg is attempt.prefill and attempt.first_token_id is not None and not attempt.coupled:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from conductor.admission import Admission
-from conductor.attempts import Attempt, Phase, Request, Timer
+from conductor.attempts import Phase, Request, Timer, awaits_tokens_of
 from conductor.config import ConductorConfig
 from conductor.decisions import DecisionRecord
 from conductor.desk import Desk, Layout
@@ -86,7 +86,7 @@ class ConductorMachine:
             return self._took(now_s)
         request.emitted = tuple(emitted_token_ids)
         if _complete(request):
-            request.set_phase(Phase.FINISHING)
+            request.set_phase(Phase.FINISHING, last=now_s + self._desk.config.last_token_wait_s)
         else:
             self._placer.place(request, now_s)
         return self._took(now_s)
@@ -114,11 +114,8 @@ class ConductorMachine:
         return self._took(now_s)
 
     def on_tokens_lost(self, node_id: NodeId, epoch: Epoch, now_s: float) -> list[Effect]:
-        """The front end lost a worker's token stream: attempts that may have lost a token there restart.
-
-        Once an attempt decodes, its first token (of the prefill worker) has long been on its way by another stream.
-        """
-        affected = self._desk.running(lambda r, a: not r.stream_finished and _speaks_from(r, a, node_id, epoch))
+        """The front end lost a worker's token stream: attempts that may have lost a token there restart."""
+        affected = self._desk.running(lambda r, a: awaits_tokens_of(r, a, node_id, epoch))
         for request, _ in affected:
             self._desk.lose(request, f"token stream of {node_id} lost", now_s)
         return self._took(now_s)
@@ -228,7 +225,10 @@ class ConductorMachine:
             case Timer.RESUME:
                 desk.end(request, Outcome.FAILED, Failed("the front end did not answer Resume"), now_s)
             case Timer.PREFILL | Timer.JOIN:
-                desk.lose(request, f"{timer} took too long", now_s)
+                waited = request.attempt is not None and request.attempt.withheld is not None
+                desk.lose(request, "no decode worker had room" if waited else f"{timer} took too long", now_s)
+            case Timer.LAST:
+                desk.lose(request, "the last token did not come", now_s)
             case Timer.RESERVE:
                 self._progress.on_reserve_unanswered(request, now_s)
             case Timer.SEEK:
@@ -251,14 +251,3 @@ def _complete(request: Request) -> bool:
     """Whether the front end's log holds the whole output already."""
     emitted, sampling = request.emitted, request.spec.sampling
     return len(emitted) >= sampling.max_tokens or bool(emitted and emitted[-1] in sampling.stop_token_ids)
-
-
-def _speaks_from(request: Request, attempt: Attempt, node_id: NodeId, epoch: Epoch) -> bool:
-    """Whether tokens of this attempt that the front end lacks may have been lost with this worker's stream."""
-    leg = attempt.leg_at(node_id, epoch)
-    if leg is None:
-        return False
-    if leg is attempt.prefill and request.phase in (Phase.PREFILLING, Phase.JOINING):
-        return True
-    first_was_last = request.phase is Phase.FINISHING and attempt.joined_s is None
-    return first_was_last if leg is not attempt.decode else request.phase is not Phase.PREFILLING

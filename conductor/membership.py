@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from conductor.attempts import Attempt, Leg, Phase, Request
+from conductor.attempts import Attempt, Leg, Phase, Request, awaits_tokens_of
 from conductor.desk import Desk
 from conductor.view import Worker
 from core.messages import DrainCommand, KvEvents, LoadReport, NodeInfo, Snapshot, SnapshotCommand, WorkerEvent
@@ -74,6 +74,7 @@ class Membership:
     def heard(self, worker: Worker, event: WorkerEvent, now_s: float) -> None:
         """Any event is a sign of life. One that was taken for dead must first say what it holds and runs."""
         worker.heard_s = now_s
+        worker.doubted = False
         if worker.silent and worker.snapshot_due_s is None and not isinstance(event, Snapshot):
             self._ask_snapshot(worker, now_s)
 
@@ -139,11 +140,10 @@ class Membership:
         self._desk.send(worker.node_id, worker.info.epoch, SnapshotCommand())
 
     def _restart(self, node_id: NodeId, epoch: Epoch, reason: str, now_s: float) -> None:
-        """Lose every attempt that still needs this node."""
-        for request, attempt in self._desk.running(lambda _, a: _open_leg(a, node_id, epoch) is not None):
+        """Lose every attempt that still needs this node, be it only for a last token that is on its way."""
+        for request, attempt in self._desk.running(lambda r, a: _needs(r, a, node_id, epoch)):
             leg = _open_leg(attempt, node_id, epoch)
-            assert leg is not None
-            if self._desk.view.at(node_id, epoch) is None:
+            if leg is not None and self._desk.view.at(node_id, epoch) is None:
                 self._desk.close_leg(attempt, leg, now_s)
             self._desk.lose(request, reason, now_s)
 
@@ -177,6 +177,10 @@ def _open_leg(attempt: Attempt, node_id: NodeId, epoch: Epoch) -> Leg | None:
     return leg if leg is not None and leg.open else None
 
 
+def _needs(request: Request, attempt: Attempt, node_id: NodeId, epoch: Epoch) -> bool:
+    return _open_leg(attempt, node_id, epoch) is not None or awaits_tokens_of(request, attempt, node_id, epoch)
+
+
 def _must_be_there(request: Request, attempt: Attempt, leg: Leg) -> bool:
     """A prefill worker lets go by itself after the hand-over, which only the decode worker reports."""
-    return leg is attempt.decode or request.phase is Phase.PREFILLING
+    return leg is attempt.decode or (request.phase is Phase.PREFILLING and attempt.withheld is None)

@@ -1,8 +1,14 @@
-"""Pure: from a request to commands: judge, hold, place, book, send; and look for another decode worker."""
+"""Pure: from a request to commands: judge, hold, place, book, send; and look for another decode worker.
+
+Both workers are commanded at once, unless decode room is short: then the prefill worker's command is withheld until
+the room is reserved. Otherwise prompts that hold prefill room until they may decode, and reservations that hold decode
+room until their prompt may be computed, wait for each other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from conductor.admission import Case, Flight, queue_full, refusal
 from conductor.attempts import Attempt, Leg, Phase, Request, Timer, fetches_of, prefill_command, reserve_command
@@ -81,11 +87,14 @@ class Placer:
     # ---- another decode worker ----
 
     def seek_decode(self, request: Request, now_s: float) -> None:
-        """The prefill goes on; somebody else must decode. Bounded in tries, with growing pauses."""
+        """The prefill goes on; somebody else must decode. Bounded in tries, with growing pauses.
+
+        While the prefill is withheld nothing is held anywhere, and it is the phase's time that bounds the search.
+        """
         desk, attempt = self._desk, request.attempt
         assert attempt is not None
         assert attempt.decode is None
-        if attempt.decode_tries >= desk.config.decode_tries_max:
+        if attempt.withheld is None and attempt.decode_tries >= desk.config.decode_tries_max:
             desk.lose(request, f"no decode worker had room in {attempt.decode_tries} tries", now_s)
             return
         query = self._query(request, excluded=attempt.decode_refused)
@@ -93,9 +102,24 @@ class Placer:
         attempt.decode_tries += 1
         if score is None:
             attempt.decode_refused = frozenset()
-            request.timers[Timer.SEEK] = now_s + min(SEEK_S_MAX, desk.config.retry_s * 2.0**attempt.decode_tries)
+            request.crowded = True
+            request.timers[Timer.SEEK] = now_s + self._seek_pause_s(attempt)
             return
         self._reserve(request, attempt, query, score, now_s)
+
+    def _seek_pause_s(self, attempt: Attempt) -> float:
+        if attempt.withheld is not None:
+            return self._desk.config.retry_s * self._crowd
+        return min(SEEK_S_MAX, self._desk.config.retry_s * 2.0**attempt.decode_tries)
+
+    def prefill(self, request: Request, attempt: Attempt, now_s: float) -> None:
+        """The decode room is there: send the prefill worker's command, if it was withheld."""
+        command, attempt.withheld = attempt.withheld, None
+        if command is not None:
+            leg = attempt.prefill
+            leg.since_s = now_s
+            request.timers[Timer.PREFILL] = now_s + self._prefill_wait_s(attempt)
+            self._desk.send(leg.node_id, leg.epoch, replace(command, deadline_s=request.left_s(now_s)))
 
     def start(self, request: Request, attempt: Attempt) -> None:
         """Hand the first token to the decode worker, once both it and the room are there."""
@@ -160,8 +184,14 @@ class Placer:
                 return
             hold_s = now_s + desk.config.unavailable_grace_s
             desk.note(request, now_s, f"held: {why}")
-        crowd = 1.0 + len(desk.requests) / HELD_PER_RETRY
-        request.set_phase(Phase.HELD, hold=hold_s, retry=now_s + desk.config.retry_s * crowd)
+        request.set_phase(Phase.HELD, hold=hold_s, retry=now_s + desk.config.retry_s * self._crowd)
+
+    @property
+    def _crowd(self) -> float:
+        return 1.0 + len(self._desk.requests) / HELD_PER_RETRY
+
+    def _prefill_wait_s(self, attempt: Attempt) -> float:
+        return self._desk.config.phase_wait_s + self._desk.config.phase_factor * attempt.predicted_s
 
     def _judge(self, request: Request, placement: Placement, now_s: float) -> bool:
         """Admission, once per request: what was accepted is not rejected later. False: it has ended."""
@@ -213,8 +243,7 @@ class Placer:
         )
         at_s = now_s - request.arrived_s
         request.record.choices.append(desk.decisions.choice(placement, request.number, request.cause, at_s))
-        wait_s = desk.config.phase_wait_s + desk.config.phase_factor * prefill.ttft_s
-        request.set_phase(Phase.PREFILLING, prefill=now_s + wait_s)
+        request.set_phase(Phase.PREFILLING, prefill=now_s + self._prefill_wait_s(attempt))
         worker.book_prefill(attempt.attempt_id, prefill.ttft_s - prefill.queue_s, now_s)
         desk.begin(attempt.attempt_id)
         if attempt.coupled:
@@ -234,7 +263,10 @@ class Placer:
             num_bytes = placement.option.prefill.fetch_blocks * self._desk.layout.block_bytes
             source.book_sending(attempt.attempt_id, FETCH, num_bytes)
         command = prefill_command(request, attempt, fetches, now_s)
-        self._desk.send(worker.node_id, worker.info.epoch, command)
+        if not attempt.coupled and (request.crowded or placement.option.decode.room_load > 1.0):
+            attempt.withheld = command
+        else:
+            self._desk.send(worker.node_id, worker.info.epoch, command)
 
     def _reserve(self, request: Request, attempt: Attempt, query: Query, score: DecodeScore, now_s: float) -> None:
         desk, worker = self._desk, self._worker(score.node_id)

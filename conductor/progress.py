@@ -11,6 +11,7 @@ from core.messages import (
     AttemptFinished,
     Closed,
     DecodeJoined,
+    FailureKind,
     PrefillDone,
     RefusalReason,
     Refused,
@@ -44,7 +45,7 @@ class Progress:
         desk.note(request, now_s, _word(event), worker.node_id)
         match event:
             case Reserved():
-                self._on_reserved(request, attempt, leg)
+                self._on_reserved(request, attempt, leg, now_s)
             case Refused():
                 self._on_refused(request, attempt, leg, event, now_s)
             case PrefillDone():
@@ -54,13 +55,16 @@ class Progress:
             case AttemptFinished():
                 self._on_finished(request, attempt, leg, event, now_s)
             case AttemptFailed():
+                if event.kind is FailureKind.PEER_LOST and leg is attempt.decode:
+                    self._doubt_source(request, attempt)
                 desk.close_leg(attempt, leg, now_s)
                 desk.lose(request, f"{event.kind} at {worker.node_id}: {event.message}", now_s)
 
-    def _on_reserved(self, request: Request, attempt: Attempt, leg: Leg) -> None:
+    def _on_reserved(self, request: Request, attempt: Attempt, leg: Leg, now_s: float) -> None:
         if leg is attempt.decode and not attempt.coupled:
             attempt.reserved = True
             request.timers.pop(Timer.RESERVE, None)
+            self._placer.prefill(request, attempt, now_s)
             self._placer.start(request, attempt)
 
     def _on_refused(self, request: Request, attempt: Attempt, leg: Leg, event: Refused, now_s: float) -> None:
@@ -149,7 +153,18 @@ class Progress:
         if request.stream_finished:
             self._desk.forget(request, Outcome.FINISHED, "", now_s)
         else:
-            request.set_phase(Phase.FINISHING)
+            request.set_phase(Phase.FINISHING, last=now_s + self._desk.config.last_token_wait_s)
+
+    def _doubt_source(self, request: Request, attempt: Attempt) -> None:
+        """A decode worker often sees a prefill worker die before we do, and would see it die once a try.
+
+        Until the worker speaks again nothing is placed on it; this request goes elsewhere, if there is anywhere.
+        """
+        leg = attempt.prefill
+        source = self._desk.view.at(leg.node_id, leg.epoch)
+        if source is not None:
+            source.doubted = True
+        request.excluded |= {leg.node_id}
 
     def on_closed(self, worker: Worker, event: Closed) -> None:
         if self._desk.closing.pop((event.attempt_id, worker.node_id, worker.info.epoch), None) is None:

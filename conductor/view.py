@@ -29,7 +29,7 @@ class WorkerState(enum.StrEnum):
 
     JOINING = "joining"  # its snapshot has not come
     READY = "ready"
-    SUSPECT = "suspect"  # a few reports are missing
+    SUSPECT = "suspect"  # a few reports are missing, or a peer has lost it
     SILENT = "silent"  # its attempts were restarted elsewhere; a snapshot brings it back
     DRAINING = "draining"
     INCOMPATIBLE = "incompatible"  # another model
@@ -77,6 +77,7 @@ class Worker:
         self.load = LoadReport()
         self.draining = False
         self.silent = False
+        self.doubted = False  # a peer has lost it, and it has not spoken since
         self.incompatible = ""
         self._prefill: dict[AttemptId, float] = {}
         self._queue_s = 0.0
@@ -100,7 +101,7 @@ class Worker:
             return WorkerState.DRAINING
         if self.ready_s is None:
             return WorkerState.JOINING
-        return WorkerState.SUSPECT if now_s - self.heard_s > suspect_s else WorkerState.READY
+        return WorkerState.SUSPECT if self.doubted or now_s - self.heard_s > suspect_s else WorkerState.READY
 
     def young(self, now_s: float, config: ConductorConfig) -> bool:
         """Whether slow start forbids one more assignment now: a new empty worker must not attract everything."""

@@ -50,7 +50,7 @@ class World:
         self.nodes: dict[NodeId, Node] = {}
         self.on_event: Callable[[Node, WorkerEvent], None] = lambda node, event: None
         self.on_token: Callable[[Node, Token], None] = lambda node, token: None
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._serial = itertools.count()
         self._delivered_s: dict[object, float] = {}
 
@@ -61,7 +61,7 @@ class World:
         node.tick()
         return node
 
-    def after(self, delay_s: float, action: Callable[[], None]) -> None:
+    def after(self, delay_s: float, action: Callable[[], object]) -> None:
         heapq.heappush(self._queue, (self.now_s + delay_s, next(self._serial), action))
 
     def deliver(self, stream: object, action: Callable[[], None]) -> None:

@@ -32,6 +32,7 @@ class DecodeAttempt(Attempt):
         hits: the tier in which each block of the prefix was found here.
         arrived: indices of pulled blocks that are here.
         pull: how the pull ended.
+        prefilled_tokens: given tokens whose positions a step here computed. A bug, if it is not 0.
     """
 
     phase: Phase
@@ -44,6 +45,7 @@ class DecodeAttempt(Attempt):
     pull: PullEnded | None = None
     opened_s: float = 0.0
     preemptions: int = 0
+    prefilled_tokens: int = 0
 
     @property
     def quiet(self) -> bool:
@@ -73,8 +75,13 @@ class DecodeAttempt(Attempt):
         """Blocks that a parked sequence needs to go on: its own, and the next position's."""
         return self.sequence.blocks(self.sequence.num_computed_tokens + 1)
 
+    def count_computed(self, positions: range) -> None:
+        """A step has computed these positions. Those of the given tokens were another worker's to compute."""
+        self.computed_tokens += len(positions)
+        self.prefilled_tokens += len(range(positions.start, min(positions.stop, self.sequence.num_given_tokens)))
+
     def stats(self, node_id: NodeId) -> AttemptStats:
-        """What it took so far. `decode_prefilled_tokens` is 0 always: prompt tokens are never computed here."""
+        """What it took so far."""
         size = self.sequence.block_size
         return AttemptStats(
             node_id=node_id,
@@ -89,4 +96,5 @@ class DecodeAttempt(Attempt):
             link=self.pull.link if self.pull else "",
             overlap=self.pull.overlap if self.pull else 0.0,
             preemptions=self.preemptions,
+            decode_prefilled_tokens=self.prefilled_tokens,
         )

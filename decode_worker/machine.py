@@ -253,9 +253,10 @@ class DecodeMachine:
         self.samples.add_pass(prefill=(), decode=done.slices, seconds=seconds)
         self._pass_is_over(done)
         attempts = self._attempts.leave_pass(done, seconds, now_s)
-        for attempt, sampled in zip(attempts, results, strict=True):
+        for attempt, part, sampled in zip(attempts, done.slices, results, strict=True):
             assert sampled is not None, "every slice of a step samples"
             if attempt is not None:
+                attempt.count_computed(range(part.start, part.start + len(part.token_ids)))
                 self._account_token(attempt, sampled, now_s)
         return self.effects(now_s)
 
@@ -270,7 +271,6 @@ class DecodeMachine:
 
     def _account_token(self, attempt: DecodeAttempt, sampled: Sampled, now_s: float) -> None:
         sequence = attempt.sequence
-        attempt.computed_tokens += 1
         for index in sequence.advance(1):
             self._cache.commit(attempt.attempt_id, index, sequence.names[index], now_s)
         finish_reason = sequence.append(sampled.token_id)

@@ -439,3 +439,15 @@ def test_the_most_urgent_is_brought_back_at_the_cost_of_those_that_took_its_room
     assert w.cache.slots(attempt("third")) == ()
     w.settle(1.4)
     assert [name for name, *_ in lengths(w.machine.decide(1.5))] == ["second"]
+
+
+def test_a_given_token_that_a_step_computes_would_show() -> None:
+    """`decode_prefilled_tokens` is counted from what passes computed, not promised."""
+    w = Worker()
+    w.join("a", range(6), max_tokens=3)
+    sequence = w.machine._attempts.live()[0]
+    run_pass(w.machine, 0.2)
+    assert (sequence.computed_tokens, sequence.prefilled_tokens) == (1, 0)
+    sequence.count_computed(range(4, 7))  # as if a step had computed the last two given tokens too
+    stats = report(AttemptFinished, run_pass(w.machine, 0.3)).stats
+    assert (stats.computed_tokens, stats.decode_prefilled_tokens) == (5, 2)

@@ -73,8 +73,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.report_interval_s <= 10.0:
-            expected = "seconds in [0.01, 10]"
-            raise ConfigError(key="report_interval_s", value=self.report_interval_s, expected=expected)
+            raise ConfigError(key="report_interval_s", value=self.report_interval_s, expected="seconds in [0.01, 10]")
 
 
 class Inbox:
@@ -265,8 +264,7 @@ class NodeLoop:
 
     def _serve(self) -> None:
         """Everything that has happened, then what time asks for."""
-        for event in self._inbox.drain():
-            self._perform(event(self._clock()))
+        self._serve_inbox()
         now_s = self._clock()
         if now_s >= self._tick_at_s:
             self._tick_at_s = now_s + TICK_S
@@ -279,6 +277,10 @@ class NodeLoop:
             self._cache.check_invariants()
             self._store.check_invariants()
             self._invariant_checks += 1
+
+    def _serve_inbox(self) -> None:
+        for event in self._inbox.drain():
+            self._perform(event(self._clock()))
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         """Tokens first, since a client waits for them; then blocks that the same call stored are announced, so that a
@@ -345,6 +347,7 @@ class NodeLoop:
             StaleTerm: a lower term than one seen; nothing has changed.
         """
         self._streams.check_term(attach.term, f"conductor {attach.conductor_id}")
+        self._serve_inbox()  # the last conductor's commands: this one must find their attempts in its snapshot
         return self._streams.attach(attach, self.snapshot())
 
     async def command(self, command: Command) -> None:

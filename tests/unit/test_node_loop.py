@@ -403,6 +403,19 @@ def test_a_snapshot_holds_everything_and_the_events_after_it_follow_its_id() -> 
     run(story)
 
 
+def test_a_snapshot_comes_after_the_commands_of_the_conductor_before() -> None:
+    """An attempt that a dead conductor began last must be in its successor's snapshot, or nobody would end it."""
+
+    async def story(world: World) -> None:
+        world.loop.attach(Attach(conductor_id="c", term=1))
+        cancel = CancelCommand(attempt_id=ATTEMPT, reason="the last word")
+        await world.loop.command(cancel)
+        world.loop.attach(Attach(conductor_id="d", term=2))
+        assert world.heard("command") == [("command", cancel)]
+
+    run(story)
+
+
 def test_load_is_reported_often_and_at_once_when_work_begins() -> None:
     async def story(world: World) -> None:
         outbox = world.loop.attach(Attach(conductor_id="c", term=1))

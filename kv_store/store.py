@@ -100,6 +100,7 @@ class BlockStore:
         )
         self._machine = TransferMachine(block_bytes=sizes.pop(), pins=cache, verify=verify, limits=limits)
         self._arenas = dict(arenas)
+        self._link = link
         self._clock = clock
         self._channels = channels
         self._on_arrived, self._on_ended = on_arrived, on_ended
@@ -131,8 +132,9 @@ class BlockStore:
     # ---- life ----
 
     async def start(self) -> None:
-        """Remember the loop that everything runs on."""
+        """Remember the loop that everything runs on; load a link that is slow to load before any peer waits for it."""
         self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(load_links, (self._link,))
 
     def add_to_server(self, server: grpc.aio.Server) -> None:
         kv_pb2_grpc.add_KvExchangeServicer_to_server(self.servicer, server)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from service.settings import cache_directory
+from service.settings import cache_directory, compiler
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +100,8 @@ def _build(library: Path) -> None:
     """Compile into a directory of our own beside `library`, then move the result into place."""
     from torch.utils import cpp_extension  # slow to import, and needed here alone
 
-    compiler = os.environ.get("CXX", "c++")  # as torch's extension builder chooses
-    if shutil.which(compiler) is None:
-        raise BuildError(f"no C++ compiler: {compiler} is not on the PATH")
+    if shutil.which(compiler()) is None:
+        raise BuildError(f"no C++ compiler: {compiler()} is not on the PATH")
     began_s = time.monotonic()
     library.parent.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent

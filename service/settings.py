@@ -47,6 +47,11 @@ def operators_choice() -> str:
     return os.environ.get("HALFMOON_OPERATORS", "")
 
 
+def compiler() -> str:
+    """CXX, as torch's extension builder reads it, or c++."""
+    return os.environ.get("CXX", "c++")
+
+
 def export(**values: str) -> None:
     """Set variables for libraries that read them when they load (OpenMP), unless the operator has set them."""
     for name, value in values.items():

@@ -41,7 +41,7 @@ BANNED_CALLS = {
 }
 
 ALLOWED_CALLS: dict[str, tuple[str, ...]] = {
-    r"\bos\.environ|\bos\.getenv": ("service/settings.py",),
+    r"\bos\.environ|\bos\.getenv": ("service/settings.py", "benchmarks/engine_vllm.py"),  # its venv has no service/
     r"except Exception": ("service/run.py", "engine/tokenizer.py"),  # tokenizers raises nothing narrower
 }
 

@@ -127,15 +127,20 @@ class Desk:
     def note(self, request: Request, now_s: float, what: str, node: str = "") -> None:
         request.record.note(now_s - request.arrived_s, request.number, what, node)
 
-    def lose(self, request: Request, reason: str, now_s: float) -> None:
-        """The present attempt cannot go on: ask for the front end's log and try again, or give up."""
+    def lose(self, request: Request, reason: str, now_s: float, *, node_lost: bool = False) -> None:
+        """The present attempt cannot go on: ask for the front end's log and try again, or give up.
+
+        One that waited for room has begun no work, and losing it to a worker's end costs no try.
+        """
+        waited = request.attempt is not None and request.attempt.withheld is not None
         self.close_attempt(request, reason, now_s)
         self.note(request, now_s, f"lost: {reason}")
         self.counters["attempts_lost"] += 1
         if request.stream_finished:
             self.forget(request, Outcome.FINISHED, "", now_s)
             return
-        request.failures.append(f"attempt {request.number}: {reason}")
+        if not (waited and node_lost):
+            request.failures.append(f"attempt {request.number}: {reason}")
         if len(request.failures) >= self.config.attempts_max:
             tries = "; ".join(request.failures)
             self.end(request, Outcome.FAILED, Failed(f"gave up after {len(request.failures)} tries: {tries}"), now_s)

@@ -145,7 +145,7 @@ class Membership:
             leg = _open_leg(attempt, node_id, epoch)
             if leg is not None and self._desk.view.at(node_id, epoch) is None:
                 self._desk.close_leg(attempt, leg, now_s)
-            self._desk.lose(request, reason, now_s)
+            self._desk.lose(request, reason, now_s, node_lost=True)
 
     def _end_unknown(self, worker: Worker, attempts: tuple[AttemptId, ...], now_s: float) -> None:
         """A worker must not go on with what nobody waits for: a conductor before this one may have begun it."""

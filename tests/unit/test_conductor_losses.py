@@ -112,6 +112,17 @@ def test_waiting_for_room_costs_no_tries_and_is_bounded() -> None:
     assert "resume b: no decode worker had room" in play.wait(100.0)
 
 
+def test_a_worker_that_ends_under_those_who_wait_for_room_costs_them_no_try() -> None:
+    play = crowd()
+    play.request(spec("b"))
+    for epoch in range(1, 5):  # four tries are all there are
+        assert "resume b: p0 lost: killed" in play.lose(f"p0@{epoch}")
+        play.resume("a", [])
+        assert play.resume("b", []) == []
+        play.join(f"p0@{epoch + 1}")
+    assert play.counter("requests_failed") == 1, "a's, which had begun"
+
+
 def test_who_found_no_room_once_has_its_next_prefill_withheld() -> None:
     """The books said that there was room: only the first try holds prefill room while it looks for some."""
     play = Play("p0 d0")

@@ -38,7 +38,7 @@ def timed(work: Callable[..., object], *arguments: Any) -> tuple[float, float]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     llm = LLM(
         model=settings["model"],

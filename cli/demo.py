@@ -43,21 +43,29 @@ async def run_demo(
 
 
 async def _ask_everything(client: AsyncClient, console: Console) -> tuple[Named, list[Named]]:
-    """The requests that share a prefix run at once; the second chat turn and the cold prompt follow."""
+    """One request fills the cache; three run at once, two of them over its prefix; then a chat and the cold prompt."""
     system = {"role": "system", "content": shared_system()}
-    first = await _one(client, console, "shared-1", [system, _user(QUESTIONS[0])])
-    shared = await asyncio.gather(
-        *(_one(client, console, f"shared-{i}", [system, _user(q)]) for i, q in enumerate(QUESTIONS[1:], 2)),
-        _one(client, console, "short", [_user("What is a half moon?")]),
+    first = await _show(client, console, "shared-1", [system, _user(QUESTIONS[0])])
+    console.print("\n[dim]Three requests at once: they are printed as they end.[/dim]")
+    together = await asyncio.gather(
+        *(_gather(client, console, f"shared-{i}", [system, _user(q)]) for i, q in enumerate(QUESTIONS[1:], 2)),
+        _gather(client, console, "short", [_user("What is a half moon?")]),
     )
     chat = await _two_turns(client, console)
     cold = await _cold(client, console)
-    return cold, [first, *shared, *chat]
+    return cold, [first, *together, *chat]
 
 
-async def _one(client: AsyncClient, console: Console, name: str, messages: list[dict[str, str]]) -> Named:
+async def _show(client: AsyncClient, console: Console, name: str, messages: list[dict[str, str]]) -> Named:
     stream = client.chat(messages, max_tokens=ANSWER_TOKENS, temperature=0.0)
-    return name, await _finish(console, name, messages[-1]["content"], stream)
+    return name, await _stream(console, name, messages[-1]["content"], stream)
+
+
+async def _gather(client: AsyncClient, console: Console, name: str, messages: list[dict[str, str]]) -> Named:
+    result = await client.chat(messages, max_tokens=ANSWER_TOKENS, temperature=0.0).complete()
+    _title(console, name, messages[-1]["content"])
+    console.print(result.text, markup=False, style="cyan", soft_wrap=True)
+    return name, result
 
 
 async def _two_turns(client: AsyncClient, console: Console) -> list[Named]:
@@ -68,7 +76,7 @@ async def _two_turns(client: AsyncClient, console: Console) -> list[Named]:
         ("chat turn 2", "Tell me more about the first one."),
     ):
         stream = session.send(text, max_tokens=2 * ANSWER_TOKENS, temperature=0.0)
-        turns.append((name, await _finish(console, name, text, stream)))
+        turns.append((name, await _stream(console, name, text, stream)))
     return turns
 
 
@@ -76,16 +84,22 @@ async def _cold(client: AsyncClient, console: Console) -> Named:
     """A prompt of COLD_TOKENS tokens that shares nothing: how much of its KV travels while prefill still runs?"""
     tokens = long_prompt(await client.tokenize(log_book(11, COLD_TOKENS // 16)), COLD_TOKENS)
     stream = client.generate(tokens, max_tokens=ANSWER_TOKENS, temperature=0.0)
-    return "cold 2000", await _finish(console, "cold 2000", f"(a log book of {COLD_TOKENS} tokens)", stream)
+    return "cold 2000", await _stream(console, "cold 2000", f"(a log book of {COLD_TOKENS} tokens)", stream)
 
 
-async def _finish(console: Console, name: str, question: str, stream: AsyncGeneration) -> Result:
-    async for _ in stream:
-        pass
-    result = stream.result
-    console.print(f"\n[bold]{name}[/bold]: {question}")
-    console.print(f"  {' '.join(result.text.split())}", markup=False, style="cyan")
-    return result
+async def _stream(console: Console, name: str, question: str, stream: AsyncGeneration) -> Result:
+    """Print the answer token by token, as it comes."""
+    _title(console, name, question)
+    printed = ""
+    async for event in stream:
+        printed += event.text
+        console.print(event.text, end="", markup=False, style="cyan", soft_wrap=True)
+    console.print(stream.result.text[len(printed) :], markup=False, style="cyan", soft_wrap=True)
+    return stream.result
+
+
+def _title(console: Console, name: str, question: str) -> None:
+    console.print(f"\n[bold]{name}[/bold]: {question}", soft_wrap=True)
 
 
 def _user(text: str) -> dict[str, str]:

@@ -197,7 +197,11 @@ def roofline(reps: int) -> dict[str, float]:
 
 
 def vllm_results(reps: int, quick: bool, dtype: str) -> dict[str, Times]:
-    """{case: times}, from a process in an environment of its own. Raises CalledProcessError, TimeoutExpired: their output tells why."""
+    """{case: times}, from a process in an environment of its own.
+
+    Raises:
+        CalledProcessError, TimeoutExpired: their output tells why.
+    """
     python = VLLM_VENV / "bin" / "python"
     if not (VLLM_VENV / ".ready").exists():
         _install_vllm(python)
@@ -241,7 +245,7 @@ def add_vllm(results: dict[str, dict[str, Times]], reps: int, quick: bool) -> di
             for case, times in vllm_results(reps, quick, dtype).items():
                 results[case][f"vllm {dtype}"] = times
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            errors[dtype] = f"{error.stderr or ''}\n{error}"[-2000:]
+            errors[dtype] = f"{error.stderr!s}\n{error}"[-2000:]
             console.print(f"[red]vllm {dtype} did not run[/red]: {errors[dtype].strip().splitlines()[-1]}")
     return errors
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypedDict, TypeVar
+from typing import Any, Generic, TypedDict, TypeVar
 
 from halfmoon.errors import InvalidRequest
+from halfmoon.types import SEED_MAX, STOP_STRING_CHARS_MAX, TOP_LOGPROBS_MAX
 from halfmoon.v1 import inference_pb2 as pb
 
 TIMEOUT_S_DEFAULT = 600.0
@@ -15,6 +16,30 @@ TIMEOUT_S_DEFAULT = 600.0
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed", "max_tokens", "ignore_eos", "logprobs")
 REPEATED_SAMPLING_FIELDS = ("stop_token_ids", "stop")
 REQUEST_FIELDS = ("model", "request_id", "slo_ttft_s", "slo_tbt_s", "priority")
+
+REQUEST_BYTES_MAX = 8 * 2**20
+"""What a server reads at most: a prompt of a million token ids is 5 MB."""
+
+TOKEN_IDS = "token ids: integers from 0, below the vocabulary's size"
+TEXT = "a text (str) that UTF-8 can encode, so without lone surrogates"
+UINT32_MAX = 2**32 - 1
+LIMITS = {
+    "temperature": "a finite number in [0, 100]",
+    "top_p": "a number in (0, 1]",
+    "top_k": f"an integer in [0, {UINT32_MAX}], 0 for off",
+    "seed": f"an integer in [0, {SEED_MAX}]",
+    "max_tokens": f"an integer in [1, {UINT32_MAX}]",
+    "ignore_eos": "True or False",
+    "logprobs": f"an integer in [0, {TOP_LOGPROBS_MAX}]",
+    "stop_token_ids": TOKEN_IDS,
+    "stop": f"strings of 1 to {STOP_STRING_CHARS_MAX} characters that UTF-8 can encode",
+    "model": TEXT,
+    "request_id": TEXT,
+    "slo_ttft_s": "a number of seconds",
+    "slo_tbt_s": "a number of seconds",
+    "priority": "an integer in [-100, 100]",
+}
+"""What is said of a value that does not even fit on the wire; everything else is the server's to judge."""
 
 
 class Options(TypedDict, total=False):
@@ -96,27 +121,37 @@ def message_of(message: MessageLike) -> Message:
 
 
 def chat_of(messages: Sequence[Message]) -> pb.Chat:
-    turns = [pb.ChatMessage(role=m.role, content=m.content, token_ids=m.token_ids) for m in messages]
-    return pb.Chat(messages=turns)
+    """Raises: InvalidRequest: naming "messages[i].…"."""
+    chat = pb.Chat()
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        _require_text(f"{name}.role", message.role)
+        _require_text(f"{name}.content", message.content)
+        turn = chat.messages.add(role=message.role, content=message.content)
+        _extend(turn.token_ids, f"{name}.token_ids", message.token_ids, TOKEN_IDS)
+    return chat
 
 
 def prompt_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
-    """Raises: InvalidRequest if a value does not fit its wire type."""
+    """Raises: InvalidRequest if a value does not fit on the wire."""
     request = _with_options(options)
     if isinstance(prompt, str):
-        _fit("prompt", prompt, lambda: setattr(request, "prompt", prompt))
+        _require_text("prompt", prompt)
+        request.prompt = prompt
+    elif isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Iterable):
+        raise InvalidRequest(field="prompt", value=prompt, limit="a text (str) or a sequence of token ids")
     else:
-        _fit("prompt_token_ids", prompt, lambda: request.prompt_token_ids.ids.extend(prompt))
+        _extend(request.prompt_token_ids.ids, "prompt_token_ids", prompt, TOKEN_IDS)
         request.prompt_token_ids.SetInParent()
-    return request
+    return _fitting(request, "prompt")
 
 
 def chat_request(messages: Sequence[Message], options: Options) -> pb.GenerateRequest:
-    """Raises: InvalidRequest if a value does not fit its wire type."""
+    """Raises: InvalidRequest if a value does not fit on the wire."""
     request = _with_options(options)
-    _fit("messages", messages, lambda: request.chat.CopyFrom(chat_of(messages)))
+    request.chat.CopyFrom(chat_of(messages))
     request.chat.SetInParent()
-    return request
+    return _fitting(request, "messages")
 
 
 def timeout_of(options: Options, default_s: float) -> float:
@@ -132,21 +167,55 @@ def _with_options(options: Options) -> pb.GenerateRequest:
     if unknown:
         raise TypeError(f"unknown option {unknown[0]!r}; known: {', '.join(sorted(known))}")
     request = pb.GenerateRequest()
-    given = {name: value for name, value in options.items() if value is not None}
-    for name, value in given.items():
+    for name, value in options.items():
+        if value is None:
+            continue
         if name in SAMPLING_FIELDS:
-            _fit(name, value, lambda n=name, v=value: setattr(request.sampling, n, v))  # type: ignore[misc]
+            _assign(request.sampling, name, value)
         elif name in REPEATED_SAMPLING_FIELDS:
             values = [value] if isinstance(value, str) else value
-            _fit(name, values, lambda n=name, v=values: getattr(request.sampling, n).extend(v))  # type: ignore[misc]
+            _extend(getattr(request.sampling, name), name, values, LIMITS[name])
         elif name in REQUEST_FIELDS:
-            _fit(name, value, lambda n=name, v=value: setattr(request, n, v))  # type: ignore[misc]
+            _assign(request, name, value)
     return request
 
 
-def _fit(field: str, value: object, assign: Callable[[], object]) -> None:
-    """protobuf refuses a wrong type or range with TypeError or ValueError; say which field it was."""
+def _assign(message: pb.GenerateRequest | pb.Sampling, name: str, value: object) -> None:
+    """protobuf refuses a wrong type or range with TypeError or ValueError; say which field it was, and its limit."""
     try:
-        assign()
+        setattr(message, name, value)
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(field=field, value=value, limit=f"a value of the wire's type ({error})") from error
+        raise InvalidRequest(field=name, value=value, limit=LIMITS[name]) from error
+
+
+def _extend(repeated: Any, name: str, values: object, limit: str) -> None:
+    """As `_assign`, item by item, so that the one at fault is shown."""
+    if not isinstance(values, Iterable):
+        raise InvalidRequest(field=name, value=values, limit=limit)
+    for value in values:
+        try:
+            repeated.append(value)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(field=name, value=value, limit=limit) from error
+
+
+def _require_text(name: str, value: object) -> None:
+    """protobuf would take bytes as well."""
+    if not isinstance(value, str) or not _encodable(value):
+        raise InvalidRequest(field=name, value=value, limit=TEXT)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _fitting(request: pb.GenerateRequest, name: str) -> pb.GenerateRequest:
+    size = request.ByteSize()
+    if size > REQUEST_BYTES_MAX:
+        limit = f"at most {REQUEST_BYTES_MAX} bytes in the whole request"
+        raise InvalidRequest(field=name, value=f"{size} bytes", limit=limit)
+    return request

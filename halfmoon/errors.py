@@ -45,12 +45,12 @@ class HalfmoonError(Exception):
 
 
 class InvalidRequest(HalfmoonError):
-    """The caller's fault. `field`, `value` and `limit` are for people and for programs."""
+    """The caller's fault. `field`, `value` and `limit` are for people and for programs; `text` is said instead."""
 
     status = StatusCode.INVALID_ARGUMENT
 
-    def __init__(self, *, field: str, value: object, limit: str) -> None:
-        super().__init__(f"{field}: got {_short(value)}; expected {limit}")
+    def __init__(self, *, field: str, value: object, limit: str, text: str = "") -> None:
+        super().__init__(text or f"{field}: got {_short(value)}; expected {limit}")
         self.field = field
         self.value = value
         self.limit = limit
@@ -63,15 +63,24 @@ class Rejected(HalfmoonError):
         reason: the limit that would be missed, one of conductor.policy's words.
         predicted, limit: the value expected and the value allowed, in `unit`.
         retry_after_s: when a retry may succeed; None if unknown.
+        text: the whole sentence, where somebody has already made it.
     """
 
     status = StatusCode.RESOURCE_EXHAUSTED
 
     def __init__(
-        self, *, reason: str, predicted: float, limit: float, unit: str, retry_after_s: float | None = None
+        self,
+        *,
+        reason: str,
+        predicted: float,
+        limit: float,
+        unit: str,
+        retry_after_s: float | None = None,
+        text: str = "",
     ) -> None:
         hint = "" if retry_after_s is None else f"; retry in {retry_after_s:.1f} s"
-        super().__init__(f"rejected ({reason}): predicted {predicted:.4g} {unit}, limit {limit:.4g} {unit}{hint}")
+        said = f"rejected ({reason}): predicted {predicted:.4g} {unit}, limit {limit:.4g} {unit}{hint}"
+        super().__init__(text or said)
         self.reason = reason
         self.predicted = predicted
         self.limit = limit

@@ -37,28 +37,6 @@ _PLAIN: dict[int, type[HalfmoonError]] = {
 }
 
 
-class RemoteInvalidRequest(InvalidRequest):
-    """An InvalidRequest with the server's own words; `limit` is its description of what was expected."""
-
-    def __init__(self, message: str, *, field: str, value: object, limit: str) -> None:
-        HalfmoonError.__init__(self, message)
-        self.field = field
-        self.value = value
-        self.limit = limit
-
-
-class RemoteRejected(Rejected):
-    """A Rejected with the server's own words."""
-
-    def __init__(self, message: str, detail: inference_pb2.RejectionDetail, retry_after_s: float | None) -> None:
-        HalfmoonError.__init__(self, message)
-        self.reason = detail.reason or "resource_exhausted"
-        self.predicted = detail.predicted
-        self.limit = detail.limit
-        self.unit = detail.unit
-        self.retry_after_s = retry_after_s
-
-
 def error_from_status(code: int, message: str, details: bytes = b"") -> HalfmoonError:
     """The typed exception for a gRPC status number, its message and its serialised google.rpc.Status (may be empty).
 
@@ -68,7 +46,7 @@ def error_from_status(code: int, message: str, details: bytes = b"") -> Halfmoon
     if code == StatusCode.INVALID_ARGUMENT:
         return _invalid(message, status)
     if code == StatusCode.RESOURCE_EXHAUSTED:
-        return _rejected(message, status)
+        return _exhausted(message, status)
     plain = _PLAIN.get(code)
     return Failed(f"status {code}: {message}") if plain is None else plain(message)
 
@@ -78,22 +56,38 @@ def _invalid(message: str, status: status_pb2.RpcStatus) -> InvalidRequest:
     violations = _detail(status, "google.rpc.BadRequest", status_pb2.RpcBadRequest).field_violations
     field = violations[0].field if violations else info.metadata.get("field", "")
     description = violations[0].description if violations else message
-    return RemoteInvalidRequest(
-        message,
+    return InvalidRequest(
         field=field,
         value=info.metadata.get("value"),
         limit=info.metadata.get("limit") or description,
+        text=message,
     )
 
 
-def _rejected(message: str, status: status_pb2.RpcStatus) -> Rejected:
+def _exhausted(message: str, status: status_pb2.RpcStatus) -> HalfmoonError:
+    """gRPC itself uses this code for messages over a size limit: no admission's word, so no Rejected."""
     detail = _detail(status, "halfmoon.v1.RejectionDetail", inference_pb2.RejectionDetail)
+    if detail.reason:
+        return _rejected(message, detail, status)
+    if "larger than max" in message:
+        return InvalidRequest(field="request", value=None, limit="a smaller message", text=f"request: {message}")
+    return Failed(f"resource exhausted: {message}")
+
+
+def _rejected(message: str, detail: inference_pb2.RejectionDetail, status: status_pb2.RpcStatus) -> Rejected:
     retry_after_s = detail.retry_after_s if detail.HasField("retry_after_s") else None
     if retry_after_s is None:
         retry = _detail(status, "google.rpc.RetryInfo", status_pb2.RpcRetryInfo)
         if retry.HasField("retry_delay"):
             retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-    return RemoteRejected(message, detail, retry_after_s)
+    return Rejected(
+        reason=detail.reason,
+        predicted=detail.predicted,
+        limit=detail.limit,
+        unit=detail.unit,
+        retry_after_s=retry_after_s,
+        text=message,
+    )
 
 
 def _detail(status: status_pb2.RpcStatus, name: str, message_class: type[M]) -> M:

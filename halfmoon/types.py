@@ -114,12 +114,9 @@ class SamplingParams:
         _require(0 <= self.seed <= SEED_MAX, "seed", self.seed, f"an integer in [0, {SEED_MAX}]")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(len(self.stop) <= STOP_STRINGS_MAX, "stop", len(self.stop), f"at most {STOP_STRINGS_MAX} strings")
-        _require(
-            all(0 < len(s) <= STOP_STRING_CHARS_MAX for s in self.stop),
-            "stop",
-            "an empty or too long string",
-            f"strings of 1 to {STOP_STRING_CHARS_MAX} characters",
-        )
+        for text in self.stop:
+            good = 0 < len(text) <= STOP_STRING_CHARS_MAX
+            _require(good, "stop", text, f"strings of 1 to {STOP_STRING_CHARS_MAX} characters")
         _require(
             len(self.stop_token_ids) <= STOP_TOKENS_MAX,
             "stop_token_ids",

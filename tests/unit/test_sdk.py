@@ -7,7 +7,15 @@ from dataclasses import asdict
 
 import pytest
 
-from halfmoon._request import ChatSession, Message, chat_request, message_of, prompt_request, timeout_of
+from halfmoon._request import (
+    REQUEST_BYTES_MAX,
+    ChatSession,
+    Message,
+    chat_request,
+    message_of,
+    prompt_request,
+    timeout_of,
+)
 from halfmoon._stream import StreamFold
 from halfmoon.errors import (
     Cancelled,
@@ -48,20 +56,44 @@ def test_an_empty_prompt_is_still_a_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "field"),
+    ("options", "said"),
     [
-        ({"top_k": -1}, "top_k"),
-        ({"temperature": "hot"}, "temperature"),
-        ({"stop": [3]}, "stop"),
-        ({"stop_token_ids": [-3]}, "stop_token_ids"),
-        ({"seed": 2**64}, "seed"),
-        ({"model": 7}, "model"),
+        ({"top_k": -1}, "top_k: got -1; expected an integer in [0, 4294967295], 0 for off"),
+        ({"temperature": "hot"}, "temperature: got 'hot'; expected a finite number in [0, 100]"),
+        ({"max_tokens": 2**32}, "max_tokens: got 4294967296; expected an integer in [1, 4294967295]"),
+        ({"logprobs": -1}, "logprobs: got -1; expected an integer in [0, 20]"),
+        ({"stop": ["a", 3]}, "stop: got 3; expected strings of 1 to 256 characters that UTF-8 can encode"),
+        ({"stop_token_ids": [5, -3]}, "stop_token_ids: got -3; expected token ids: integers from 0"),
+        ({"stop_token_ids": 5}, "stop_token_ids: got 5; expected token ids: integers from 0"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616; expected an integer in [0, 9223372036854775807]"),
+        ({"seed": -1}, "seed: got -1; expected an integer in [0, 9223372036854775807]"),
+        ({"model": 7}, "model: got 7; expected a text (str)"),
     ],
 )
-def test_what_does_not_fit_the_wire_is_named(options: dict[str, object], field: str) -> None:
+def test_what_does_not_fit_the_wire_is_named_with_its_limit(options: dict[str, object], said: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         prompt_request("Hi", options)  # type: ignore[arg-type]
-    assert caught.value.field == field
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("prompt", [b"a\xffb", bytearray(b"a"), memoryview(b"a"), None, 5, "a\ud800"])
+def test_a_prompt_is_text_or_token_ids(prompt: object) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        prompt_request(prompt, {})  # type: ignore[arg-type]
+    assert caught.value.field == "prompt"
+
+
+def test_a_message_is_text_that_can_be_encoded() -> None:
+    for content in ("a\ud800", b"a"):
+        with pytest.raises(InvalidRequest) as caught:
+            chat_request([Message(role="user"), Message(role="user", content=content)], {})  # type: ignore[arg-type]
+        assert caught.value.field == "messages[1].content"
+
+
+def test_a_request_over_the_servers_limit_is_refused_before_it_is_sent() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        prompt_request("x" * (REQUEST_BYTES_MAX + 1), {})
+    assert str(caught.value) == "prompt: got '8388614 bytes'; expected at most 8388608 bytes in the whole request"
 
 
 def test_ill_typed_prompts_and_unknown_options_are_refused() -> None:
@@ -160,11 +192,11 @@ def test_errors_come_back_as_they_went(error: HalfmoonError, expected: type[Half
 
 
 def test_a_bad_field_comes_back_with_its_name_value_and_limit() -> None:
-    status = status_of(InvalidRequest(field="sampling.top_p", value=7, limit="a number in (0, 1]"))
+    status = status_of(InvalidRequest(field="top_p", value=7, limit="a number in (0, 1]"))
     back = error_from_status(status.code, status.message, status.SerializeToString())
-    assert isinstance(back, InvalidRequest)
-    assert (back.field, back.value, back.limit) == ("sampling.top_p", "7", "a number in (0, 1]")
-    assert str(back) == "sampling.top_p: got 7; expected a number in (0, 1]"
+    assert type(back) is InvalidRequest
+    assert (back.field, back.value, back.limit) == ("top_p", "7", "a number in (0, 1]")
+    assert str(back) == "top_p: got 7; expected a number in (0, 1]"
 
 
 @pytest.mark.parametrize("retry_after_s", [None, 1.5])
@@ -172,13 +204,16 @@ def test_a_rejection_comes_back_with_its_numbers(retry_after_s: float | None) ->
     error = Rejected(reason="ttft", predicted=3.0, limit=2.0, unit="s", retry_after_s=retry_after_s)
     status = status_of(error)
     back = error_from_status(status.code, status.message, status.SerializeToString())
-    assert isinstance(back, Rejected)
+    assert type(back) is Rejected
     assert (back.reason, back.predicted, back.limit, back.unit) == ("ttft", 3.0, 2.0, "s")
     assert back.retry_after_s == retry_after_s
     assert str(back) == str(error)
 
 
 def test_a_status_without_or_with_broken_details_is_still_typed() -> None:
-    assert isinstance(error_from_status(8, "too large"), Rejected)
+    assert str(error_from_status(8, "threads")) == "resource exhausted: threads"
+    too_large = error_from_status(8, "Received message larger than max (9 vs. 8)")
+    assert type(too_large) is InvalidRequest
+    assert str(too_large) == "request: Received message larger than max (9 vs. 8)"
     assert isinstance(error_from_status(3, "bad", b"\xff\xff"), InvalidRequest)
     assert str(error_from_status(2, "boom")) == "status 2: boom"

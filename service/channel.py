@@ -16,10 +16,12 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from halfmoon.errors import ConfigError, Conflict, HalfmoonError, InvalidRequest, Rejected
 from halfmoon.v1 import inference_pb2
+from service.unreadable import blame
 
 log = logging.getLogger("service.channel")
 
@@ -204,15 +206,30 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         # A streaming handler may also be a coroutine that writes to its context (the library's health service is).
         wrapped = _guarded_stream(behaviour) if inspect.isasyncgenfunction(behaviour) else _guarded(behaviour)
         make = getattr(grpc, f"{streams_in}_{streams_out}_rpc_method_handler")
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        reader = handler.request_deserializer if handler.request_streaming else _blaming(handler.request_deserializer)
+        return make(wrapped, reader, handler.response_serializer)
 
 
 def _is_async(behaviour: Any) -> bool:
     return inspect.iscoroutinefunction(behaviour) or inspect.isasyncgenfunction(behaviour)
 
 
+def _blaming(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """In place of a message that cannot be read, the InvalidRequest to end the call with: gRPC would say UNKNOWN."""
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return blame(deserialize.__self__.DESCRIPTOR, data, error)  # type: ignore[attr-defined]
+
+    return read
+
+
 def _guarded(behaviour: Callable[..., Any]) -> Callable[..., Any]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if isinstance(request, HalfmoonError):
+            await abort(context, request)
         try:
             return await behaviour(request, context)
         except HalfmoonError as error:
@@ -223,6 +240,8 @@ def _guarded(behaviour: Callable[..., Any]) -> Callable[..., Any]:
 
 def _guarded_stream(behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        if isinstance(request, HalfmoonError):
+            await abort(context, request)
         try:
             async for message in behaviour(request, context):
                 yield message

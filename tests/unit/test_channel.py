@@ -79,14 +79,30 @@ def failure(error: HalfmoonError, address: str, *, stream: bool = False) -> grpc
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refused_field_arrives_with_its_name(tmp_path: Path, stream: bool) -> None:
-    error = InvalidRequest(field="sampling.top_p", value=7, limit="a number in (0, 1]")
+    error = InvalidRequest(field="top_p", value=7, limit="a number in (0, 1]")
     got = failure(error, f"unix:{tmp_path}/s", stream=stream)
     assert got.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert got.details() == "sampling.top_p: got 7; expected a number in (0, 1]"
+    assert got.details() == "top_p: got 7; expected a number in (0, 1]"
     info, bad = details(got)
     assert (info.domain, info.reason) == ("halfmoon", "InvalidRequest")
-    assert dict(info.metadata) == {"field": "sampling.top_p", "value": "7", "limit": "a number in (0, 1]"}
-    assert bad.field_violations[0].field == "sampling.top_p"
+    assert dict(info.metadata) == {"field": "top_p", "value": "7", "limit": "a number in (0, 1]"}
+    assert bad.field_violations[0].field == "top_p"
+
+
+@pytest.mark.parametrize("method", ["Generate", "Cancel"])
+def test_text_that_is_no_utf8_is_an_invalid_argument(tmp_path: Path, method: str) -> None:
+    async def call() -> grpc.aio.AioRpcError:
+        address = f"unix:{tmp_path}/s"
+        async with asyncio.timeout(10), serving(NotFound("never reached"), address), make_channel(address) as channel:
+            make: Any = channel.unary_stream if method == "Generate" else channel.unary_unary
+            sent = make(f"/halfmoon.v1.Inference/{method}")(b"\x0a\x03a\xffb")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await (sent.read() if method == "Generate" else sent)
+            return caught.value
+
+    got = asyncio.run(call())
+    assert got.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert got.details() == "request_id: got b'a\\xffb'; expected text in UTF-8"
 
 
 def test_a_rejection_says_what_would_be_missed_and_when_to_retry(tmp_path: Path) -> None:

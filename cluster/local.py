@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from cluster.plan import ClusterConfig, conductor_spec, worker_specs
-from cluster.process import Progress, SupervisedProcess
-from halfmoon.errors import Conflict, Failed
+from cluster.plan import ClusterConfig, ProcessSpec, conductor_spec, socket_path, worker_specs
+from cluster.process import Progress, SupervisedProcess, directory_error
+from halfmoon.errors import ConfigError, Conflict, Failed, HalfmoonError, Unavailable
+from service.registry import Registry
 from service.valkey import EmbeddedValkey
 
 WORKER_GRACE_S = 10.0  # after the conductor has drained, workers have nothing left to end
 CONDUCTOR_GRACE_S = 5.0  # beyond its own drain
+REGISTRY_S_MAX = 10.0  # for a registry of the operator's own to answer; it may be starting too
+REGISTRY_POLL_S = 0.5
 
 
 class LocalCluster:
@@ -28,9 +32,10 @@ class LocalCluster:
 
     def __init__(self, config: ClusterConfig, on_progress: Callable[[Progress], None]) -> None:
         self.config = config
-        self.directory = Path(config.directory).expanduser()
+        self.directory = _absolute(config.directory)
         self._on_progress = on_progress
-        self._valkey: EmbeddedValkey | None = None
+        self.registry = None if config.redis else EmbeddedValkey(self.directory)
+        self._watch: asyncio.Task[None] | None = None  # restarts the registry
         self._runs: list[asyncio.Task[None]] = []
         self.workers: list[SupervisedProcess] = []
         self.conductor: SupervisedProcess | None = None
@@ -42,12 +47,21 @@ class LocalCluster:
         """Start everything and wait until a canary request has made the round trip.
 
         Raises:
+            ConfigError: a directory that cannot be used.
             Conflict: another cluster owns the directory, or a port is taken.
             Failed: a process does not start, or the cluster is not ready within `start_s_max`.
+            Unavailable: the registry does not answer.
         """
-        self._lock.__enter__()
+        specs = self._specs()  # before anything is made: a path that is too long leaves nothing behind
         try:
-            await self._start()
+            self._lock.__enter__()
+        except OSError as error:
+            raise directory_error(self.directory, error) from error
+        try:
+            await self._start(specs)
+        except OSError as error:
+            await self._stop()
+            raise directory_error(self.directory, error) from error
         except BaseException:
             await self._stop()
             raise
@@ -63,20 +77,34 @@ class LocalCluster:
         await asyncio.wait(self._runs, return_when=asyncio.FIRST_COMPLETED)
 
     @property
-    def failures(self) -> list[Failed]:
+    def failures(self) -> list[HalfmoonError]:
         return [p.failure for p in self._processes() if p.failure is not None]
 
-    async def _start(self) -> None:
-        registry = self.config.redis or await self._start_valkey()
-        specs = worker_specs(self.config, str(self.directory), registry, sorted(os.sched_getaffinity(0)))
-        self.workers = [SupervisedProcess(spec, self.directory, self._on_progress) for spec in specs]
-        self.conductor = SupervisedProcess(conductor_spec(self.config, registry), self.directory, self._on_progress)
+    def kill(self) -> None:
+        """End every process now; a stop that is waiting for them returns."""
+        for process in self._processes():
+            process.kill()
+        if self.registry is not None:
+            self.registry.kill()
+
+    def _specs(self) -> list[ProcessSpec]:
+        """The workers', then the conductor's. Raises ConfigError: a directory whose path is too long."""
+        registry = self.config.redis or f"unix://{socket_path(str(self.directory), 'valkey')}"
+        workers = worker_specs(self.config, str(self.directory), registry, sorted(os.sched_getaffinity(0)))
+        return [*workers, conductor_spec(self.config, registry)]
+
+    async def _start(self, specs: list[ProcessSpec]) -> None:
+        if self.registry is None:
+            await _answers(self.config.redis)
+        else:
+            await self.registry.start()
+            self._watch = asyncio.create_task(self.registry.supervise(self._on_valkey), name="valkey")
+        *self.workers, self.conductor = (SupervisedProcess(s, self.directory, self._on_progress) for s in specs)
         self._runs = [asyncio.create_task(p.run(), name=p.spec.name) for p in self._processes()]
         await self._until_ready()
 
-    async def _start_valkey(self) -> str:
-        self._valkey = EmbeddedValkey(self.directory)
-        return await self._valkey.start()
+    def _on_valkey(self, state: str, detail: str) -> None:
+        self._on_progress(Progress(name="valkey", state=state, detail=detail))
 
     async def _until_ready(self) -> None:
         ready = [asyncio.create_task(p.ready.wait()) for p in self._processes()]
@@ -89,7 +117,7 @@ class LocalCluster:
                     pending -= {failed}
         except TimeoutError:
             slow = [p.spec.name for p in self._processes() if not p.ready.is_set()]
-            logs = "\n".join(f"--- {p.spec.name}\n{p.log_tail()}" for p in self._processes() if p.spec.name in slow)
+            logs = "\n".join(p.why() for p in self._processes() if p.spec.name in slow)
             message = f"not ready after {self.config.start_s_max:g} s: {', '.join(slow)}\n{logs}"
             raise Failed(message) from None
         finally:
@@ -114,12 +142,46 @@ class LocalCluster:
             await asyncio.gather(*(worker.stop(WORKER_GRACE_S) for worker in self.workers))
             await asyncio.gather(*self._runs)
         finally:
-            if self._valkey is not None:
-                await self._valkey.stop()
+            if self._watch is not None:
+                self._watch.cancel()
+                await asyncio.wait({self._watch})
+            if self.registry is not None:
+                await self.registry.stop()
             self._lock.__exit__(None, None, None)
 
     def _processes(self) -> list[SupervisedProcess]:
         return [*self.workers, *([self.conductor] if self.conductor is not None else [])]
+
+
+def _absolute(directory: str) -> Path:
+    """Sockets and children need the absolute path. Raises ConfigError where there is none."""
+    if not directory:
+        raise ConfigError(key="directory", value=directory, expected="a path")
+    try:
+        return Path(directory).expanduser().absolute()
+    except RuntimeError as error:  # ~somebody
+        raise ConfigError(key="directory", value=directory, expected=f"a path ({error})") from error
+
+
+async def _answers(url: str) -> None:
+    """Return once the registry at `url` answers.
+
+    Raises:
+        ConfigError: no URL. Unavailable: no answer within REGISTRY_S_MAX; says why.
+    """
+    registry = Registry(url)
+    deadline_s = time.monotonic() + REGISTRY_S_MAX
+    try:
+        while True:
+            try:
+                await registry.nodes()
+                return
+            except Unavailable as error:
+                if time.monotonic() > deadline_s:
+                    raise Unavailable(f"{error}; tried for {REGISTRY_S_MAX:g} s") from error
+            await asyncio.sleep(REGISTRY_POLL_S)
+    finally:
+        await registry.close()
 
 
 @contextmanager

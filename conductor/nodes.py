@@ -50,6 +50,7 @@ class NodeLink:
         self._config = owner.config
         self._commands: asyncio.Queue[Command] = asyncio.Queue(owner.config.commands_max)
         self._broken = asyncio.Event()  # the outbox overflowed
+        self._unreached = ""  # why it was not reached the last time; each reason is logged once
 
     def __str__(self) -> str:
         return f"{self.info.node_id}@{self.info.epoch}"
@@ -132,13 +133,16 @@ class NodeLink:
         self._commands = asyncio.Queue(self._config.commands_max)
         self._broken.clear()
         self.joined = True
+        self._unreached = ""
         log.info("joined", extra=fields(peer=self.info.node_id, epoch=self.info.epoch, role=self.info.role.value))
         self._driver.node_joined(self.info)
         self._driver.worker_event(self.info.node_id, self.info.epoch, snapshot)
 
     def _lost(self, reason: str, level: int) -> None:
         if not self.joined:
-            log.debug("not reached: %s", reason)
+            if reason != self._unreached and self.registered:
+                log.info("not reached", extra=fields(peer=self.info.node_id, epoch=self.info.epoch, reason=reason))
+            self._unreached = reason
             return
         self.joined = False
         self._owner.counters["links_lost"] += 1

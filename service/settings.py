@@ -15,6 +15,7 @@ import difflib
 import enum
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -31,6 +32,17 @@ SECRET: dict[str, Any] = {"secret": True}
 
 Section = TypeVar("Section")
 Tree = dict[str, Any]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that is there twice is an error, not the later of the two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in counts.items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Text(str):
@@ -58,6 +70,15 @@ def export(**values: str) -> None:
         os.environ.setdefault(name, value)
 
 
+def environment_of_child() -> dict[str, str]:
+    """The environment without settings: a supervised process has its own from its file, and refuses others'."""
+    return {name: text for name, text in os.environ.items() if not _is_setting(name)}
+
+
+def _is_setting(name: str) -> bool:
+    return name.startswith(ENV_PREFIX) and "__" in name
+
+
 def gather(
     path: Path | str | None = None,
     *,
@@ -74,7 +95,7 @@ def gather(
     """
     tree: Tree = {} if path is None else _read_file(Path(path))
     for name, text in sorted((os.environ if environ is None else environ).items()):
-        if name.startswith(ENV_PREFIX) and "__" in name:
+        if _is_setting(name):
             _put(tree, [part.lower() for part in name[len(ENV_PREFIX) :].split("__")], _Text(text), name)
     for key, value in (overrides or {}).items():
         _put(tree, key.split("."), value, key)
@@ -147,7 +168,7 @@ def _read_file(path: Path) -> Tree:
     try:
         with path.open("rb") as file:
             data = file.read(FILE_BYTES_MAX + 1)
-        tree = yaml.safe_load(data) if len(data) <= FILE_BYTES_MAX else None
+        tree = yaml.load(data, _UniqueKeys) if len(data) <= FILE_BYTES_MAX else None
     except OSError as error:
         raise ConfigError(key="--config", value=str(path), expected=f"a readable file ({error.strerror})") from error
     except yaml.YAMLError as error:

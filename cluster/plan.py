@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -10,6 +12,10 @@ from halfmoon.errors import ConfigError
 from halfmoon.types import Role
 
 WORKERS_MAX = 64  # of one host; a Ray or Kubernetes cluster has its own launcher
+THREADS_MAX = 1024  # more cores than any host has: a typing error
+LINKS = ("auto", "shm", "torch", "nccl")
+DTYPES = ("bfloat16", "float32")
+DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
 SOCKET_PATH_MAX = 100  # bytes; Linux allows 107 in sockaddr_un
 
 
@@ -59,12 +65,29 @@ class ClusterConfig:
         _require(serves, "prefill/decode/coupled", counts, "at least one of each half, or a coupled worker")
         total = self.prefill + self.decode + self.coupled
         _require(total <= WORKERS_MAX, "prefill+decode+coupled", total, f"at most {WORKERS_MAX} workers on one host")
-        _require(len(self.devices) > 0, "devices", self.devices, "at least one")
-        _require(self.threads >= 1, "threads", self.threads, "at least 1")
-        _require(0 <= self.port < 65536, "port", self.port, "0 (any) to 65535")
-        _require(0 <= self.admin_port < 65536, "admin_port", self.admin_port, "0 (any) to 65535")
+        self._check_numbers()
+        self._check_words()
+        same = self.port != 0 and self.port == self.admin_port
+        _require(not same, "admin_port", self.admin_port, "another port than the client API's")
+
+    def _check_numbers(self) -> None:
+        for name in ("block_size", "tokens_per_pass_max", "sequences_max"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("drain_s", "start_s_max", "fake_pass_s"):
+            seconds = getattr(self, name)
+            _require(math.isfinite(seconds) and seconds >= 0, name, seconds, "a finite number of seconds, 0 or more")
+        for name in ("port", "admin_port"):
+            _require(0 <= getattr(self, name) < 65536, name, getattr(self, name), "0 (any) to 65535")
+        _require(1 <= self.threads <= THREADS_MAX, "threads", self.threads, f"1 to {THREADS_MAX}")
         _require(self.device_mib >= 0, "device_mib", self.device_mib, "0 (default) or more")
         _require(self.dram_mib >= -1, "dram_mib", self.dram_mib, "-1 (no DRAM tier), 0 (default) or more")
+
+    def _check_words(self) -> None:
+        _require(self.link in LINKS, "link", self.link, f"one of {', '.join(LINKS)}")
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _require(len(self.devices) > 0, "devices", self.devices, "at least one")
+        for device in self.devices:
+            _require(DEVICE.fullmatch(device) is not None, "devices", device, '"cpu" or "cuda:N"')
 
 
 @dataclass(frozen=True, kw_only=True)

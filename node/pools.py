@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.protocol import KvLayout, Pool
+from halfmoon.errors import ConfigError
 from halfmoon.types import Tier
 from kv_store.tiers import KvCache
-from node.config import NodeConfig
+from node.config import MIB, NodeConfig
 
 if TYPE_CHECKING:
     from kv_store.arena import Arena
@@ -60,8 +63,10 @@ def _host_pools(config: NodeConfig, size: int) -> Pools:
     from kv_store.arena_shared import memory_free_bytes
 
     device_blocks, dram_blocks = config.num_blocks(size, memory_free_bytes())
-    device = DeviceArena(num_slots=device_blocks, block_bytes=size, key=DEVICE_KEY)
-    dram = DramArena(num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY) if dram_blocks else None
+    with _named_as_set(config, "device", memory_free_bytes):
+        device = DeviceArena(num_slots=device_blocks, block_bytes=size, key=DEVICE_KEY)
+    with _named_as_set(config, "dram", memory_free_bytes):
+        dram = DramArena(num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY) if dram_blocks else None
     return _pools(config, device, dram)
 
 
@@ -71,13 +76,28 @@ def _gpu_pools(config: NodeConfig, size: int) -> Pools:
     from kv_store.arena_tensor import TensorArena, device_free_bytes
 
     device_blocks, dram_blocks = config.num_blocks(size, memory_free_bytes(), device_free_bytes(config.device))
-    device = TensorArena(device=config.device, num_slots=device_blocks, block_bytes=size, key=DEVICE_KEY)
-    dram = (
-        PinnedDramArena(device=config.device, num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY)
-        if dram_blocks
-        else None
-    )
+    with _named_as_set(config, "device", lambda: device_free_bytes(config.device)):
+        device = TensorArena(device=config.device, num_slots=device_blocks, block_bytes=size, key=DEVICE_KEY)
+    with _named_as_set(config, "dram", memory_free_bytes):
+        dram = (
+            PinnedDramArena(device=config.device, num_slots=dram_blocks, block_bytes=size, key=DRAM_KEY)
+            if dram_blocks
+            else None
+        )
     return _pools(config, device, dram)
+
+
+@contextmanager
+def _named_as_set(config: NodeConfig, tier: str, free_bytes: Callable[[], int]) -> Iterator[None]:
+    """An arena knows its size in blocks; an operator who set MiB is told of MiB."""
+    blocks, mib = getattr(config, f"{tier}_blocks"), getattr(config, f"{tier}_mib")
+    try:
+        yield
+    except ConfigError as error:
+        if blocks or mib <= 0:
+            raise
+        room = f"at most the {free_bytes() // MIB} MiB that are free"
+        raise ConfigError(key=f"node.{tier}_mib", value=mib, expected=room) from error
 
 
 def _pools(config: NodeConfig, device: Arena, dram: Arena | None) -> Pools:

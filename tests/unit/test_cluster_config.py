@@ -1,0 +1,128 @@
+"""What `halfmoon up` is told: refused by name before anything starts, and told in one sentence when a start fails."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.cluster_commands import cluster_config
+from cluster import local
+from cluster.local import LocalCluster
+from cluster.plan import ClusterConfig, ProcessSpec
+from cluster.process import SupervisedProcess
+from halfmoon.errors import ConfigError, Unavailable
+from node.config import NodeConfig
+from node.pools import _named_as_set
+from service.settings import environment_of_child, gather
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_size", 0),
+        ("tokens_per_pass_max", 0),
+        ("sequences_max", -1),
+        ("drain_s", float("inf")),
+        ("start_s_max", float("nan")),
+        ("fake_pass_s", -0.1),
+        ("threads", 100_000),
+        ("link", "carrier-pigeon"),
+        ("dtype", "float7"),
+        ("devices", ("cpu", "gpu:0")),
+        ("admin_port", 50051),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        ClusterConfig(**{key: value})
+    assert refusal.value.key == key
+
+
+def test_any_two_ports_may_be_the_same_zero() -> None:
+    assert ClusterConfig(port=0, admin_port=0).port == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clutser: {prefill: 2}", "config clutser: .*did you mean 'cluster'"),
+        ("cluster: 5", "config cluster: got 5; expected a mapping"),
+        ("cluster: {prefill: 1, prefill: 2}", "'prefill' is there twice"),
+    ],
+)
+def test_a_file_that_means_something_else_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "up.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        cluster_config(str(file), {}, "default")
+
+
+def test_the_environment_sets_the_cluster_and_not_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFMOON_CLUSTER__PREFILL", "3")
+    monkeypatch.setenv("HALFMOON_OPERATORS", "torch")
+    assert cluster_config(None, {}, "default").prefill == 3
+    child = environment_of_child()
+    assert child["HALFMOON_OPERATORS"] == "torch"
+    assert gather(environ=child) == {}
+    monkeypatch.setenv("HALFMOON_CLUTSER__PREFILL", "3")
+    with pytest.raises(ConfigError, match="did you mean 'cluster'"):
+        cluster_config(None, {}, "default")
+
+
+def start(config: ClusterConfig) -> None:
+    async def attempt() -> None:
+        async with LocalCluster(config, lambda progress: None):
+            raise AssertionError("it started")
+
+    asyncio.run(attempt())
+
+
+def test_a_directory_that_cannot_be_used_is_a_setting_to_mend(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for directory in ("/proc/halfmoon", str(file), ""):
+        with pytest.raises(ConfigError) as refusal:
+            start(ClusterConfig(model="fake", directory=directory))
+        assert (refusal.value.key, refusal.value.value) == ("directory", directory)
+
+
+def test_a_path_too_long_for_a_socket_leaves_nothing_behind(tmp_path: Path) -> None:
+    directory = tmp_path / ("x" * 100)
+    with pytest.raises(ConfigError, match="100 bytes"):
+        start(ClusterConfig(model="fake", directory=str(directory)))
+    assert not directory.exists()
+
+
+def test_a_relative_directory_is_made_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert LocalCluster(ClusterConfig(directory="here"), lambda progress: None).directory == tmp_path / "here"
+
+
+def test_a_registry_that_does_not_answer_ends_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(local, "REGISTRY_S_MAX", 0.2)
+    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
+        start(ClusterConfig(model="fake", directory=str(tmp_path), redis="redis://127.0.0.1:1/0"))
+
+
+def test_a_failed_start_tells_its_own_last_critical_message_unescaped(tmp_path: Path) -> None:
+    process = SupervisedProcess(ProcessSpec(name="prefill-0", module="m"), tmp_path, lambda progress: None)
+    log = tmp_path / "prefill-0.log"
+    old = 'time=t level=critical node=p from=service.run msg="ConfigError: of an earlier run"\n'
+    log.write_text(old)
+    process._log_start = len(old)
+    assert "(no log)" in process.why()
+    with log.open("a") as lines:
+        lines.write(
+            'time=t level=critical node=p from=service.run msg="CheckpointError: /m: \\"x\\" is missing"\nlast\n'
+        )
+    assert process.why() == f'prefill-0: CheckpointError: /m: "x" is missing\nlog: {log}'
+
+
+def test_who_set_mib_is_told_of_mib() -> None:
+    config = NodeConfig(node_id="a", device_mib=60_000)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as refusal, _named_as_set(config, "device", lambda: 5 << 20):
+        raise ConfigError(key="node.device_blocks", value=123, expected="at most 10 blocks")
+    assert str(refusal.value) == "config node.device_mib: got 60000; expected at most the 5 MiB that are free"

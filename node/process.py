@@ -45,6 +45,7 @@ log = logging.getLogger("node.process")
 
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["Worker"].full_name
 STOP_GRACE_S = 1.0  # for streams to deliver what is written already
+HANG_UP_S = 0.2  # then for peers' calls to end; those of workers that stop at the same time do not
 CONDUCTOR_GONE_S = 2.0  # while draining: without a conductor for this long, nobody waits for the rest
 
 Value = TypeVar("Value")
@@ -144,7 +145,7 @@ class WorkerProcess:
         stop.add_dump("node", loop.describe)
         self._expose(stack, loop)
         await server.start()
-        stack.push_async_callback(server.stop, STOP_GRACE_S)
+        stack.push_async_callback(server.stop, HANG_UP_S)
         heartbeat = self._announce(stop, stack, info)
         await checks.set("", health_pb2.HealthCheckResponse.SERVING)
         await checks.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)

@@ -50,7 +50,7 @@ def chat_token_ids(turns: Sequence[Turn], tokenizer: ChatTokenizer) -> list[int]
         before, found, rendered = rendered.partition(mark)
         if not found or mark in rendered:
             raise InvalidRequest(
-                field=f"chat.messages[{index}].token_ids",
+                field=f"messages[{index}].token_ids",
                 value=turns[index].token_ids[:8],
                 limit="no token ids: this model's chat template does not write an answer verbatim; send its content",
             )

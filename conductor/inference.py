@@ -17,7 +17,7 @@ from conductor.session import TextDecoder
 from conductor.settings import FrontEndConfig
 from conductor.validation import ServedModel
 from halfmoon.blocks import BlockChain, Fingerprint, root_hash
-from halfmoon.errors import DeadlineExceeded, InvalidRequest
+from halfmoon.errors import DeadlineExceeded
 from halfmoon.types import SEED_MAX, BlockHash, RequestId, SamplingParams
 from halfmoon.v1 import inference_pb2 as pb
 from halfmoon.v1 import inference_pb2_grpc
@@ -127,12 +127,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def _chat_ids(self, chat: pb.Chat) -> list[int]:
         turns: list[Turn] = validation.turns_of(chat)
-        try:
-            return await self._off_loop(lambda: chat_token_ids(turns, self._tokenizer))
-        except InvalidRequest as error:
-            if error.field.startswith("chat"):
-                raise
-            raise InvalidRequest(field=f"chat.{error.field}", value=error.value, limit=error.limit) from error
+        return await self._off_loop(lambda: chat_token_ids(turns, self._tokenizer))
 
     async def _named(self, token_ids: tuple[int, ...]) -> tuple[BlockHash, ...]:
         if len(token_ids) < OFF_LOOP_TOKENS_MIN:
@@ -164,7 +159,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
         """The ids that Generate would send to the model."""
         if request.WhichOneof("input") == "chat":
-            validation.check_chat("chat", request.chat, self._model)
+            validation.check_chat(request.chat, self._model)
             return pb.TokenizeResponse(token_ids=await self._chat_ids(request.chat))
         validation.check_text("text", request.text, self._model)
         return pb.TokenizeResponse(token_ids=await self._text_ids(request.text))

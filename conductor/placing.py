@@ -290,7 +290,7 @@ class Placer:
 def _too_long(request: Request, tokens_max: int) -> InvalidRequest:
     prompt, wanted = len(request.spec.token_ids), request.spec.sampling.max_tokens
     if prompt >= tokens_max:
-        return InvalidRequest(field="prompt", value=prompt, limit=f"at most {tokens_max - 1} tokens on any worker")
-    return InvalidRequest(
-        field="max_tokens", value=wanted, limit=f"at most {tokens_max - prompt} after {prompt} prompt tokens"
-    )
+        limit = f"at most {tokens_max - 1} tokens in any worker's KV pool"
+        return InvalidRequest(field="prompt", value=f"{prompt} tokens", limit=limit)
+    limit = f"at most {tokens_max - prompt} after {prompt} prompt tokens in any worker's KV pool"
+    return InvalidRequest(field="max_tokens", value=wanted, limit=limit)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from conductor.chat import Turn
 from conductor.effects import Slo
 from halfmoon.errors import InvalidRequest
-from halfmoon.types import SEED_MAX, SamplingParams
+from halfmoon.types import SamplingParams
 from halfmoon.v1 import inference_pb2 as pb
 
 REQUEST_ID_CHARS_MAX = 128  # it is a key in logs, records and on every wire
@@ -61,7 +61,7 @@ def check_envelope(request: pb.GenerateRequest, model: ServedModel) -> None:
         check_token_ids("prompt_token_ids", request.prompt_token_ids.ids, model)
         _require(len(request.prompt_token_ids.ids) > 0, "prompt_token_ids", [], "at least one token id")
     elif kind == "chat":
-        check_chat("chat", request.chat, model)
+        check_chat(request.chat, model)
     else:
         raise InvalidRequest(field="input", value=None, limit="one of prompt, prompt_token_ids, chat")
 
@@ -89,20 +89,21 @@ def check_token_ids(name: str, ids: Sequence[int], model: ServedModel) -> None:
     _require(fits, name, f"{len(ids)} ids", f"at most {model.context_tokens_max} (the context)")
 
 
-def check_chat(name: str, chat: pb.Chat, model: ServedModel) -> None:
+def check_chat(chat: pb.Chat, model: ServedModel) -> None:
     """Raises: InvalidRequest"""
     messages = chat.messages
-    _require(len(messages) > 0, f"{name}.messages", [], "at least one message")
-    _require(len(messages) <= MESSAGES_MAX, f"{name}.messages", len(messages), f"at most {MESSAGES_MAX} messages")
+    _require(len(messages) > 0, "messages", [], "at least one message")
+    _require(len(messages) <= MESSAGES_MAX, "messages", len(messages), f"at most {MESSAGES_MAX} messages")
     for index, message in enumerate(messages):
-        _check_message(f"{name}.messages[{index}]", message, model)
+        _check_message(f"messages[{index}]", message, model)
     total = sum(len(m.content) for m in messages)
     limit = f"at most {model.prompt_chars_max} characters in all"
-    _require(total <= model.prompt_chars_max, f"{name}.messages", _size(total), limit)
+    _require(total <= model.prompt_chars_max, "messages", _size(total), limit)
 
 
-def check_prompt(name: str, num_prompt_tokens: int, model: ServedModel) -> None:
-    """Raises: InvalidRequest if no token could follow."""
+def check_prompt(kind: str, num_prompt_tokens: int, model: ServedModel) -> None:
+    """`kind`: which input it was. Raises: InvalidRequest if no token could follow."""
+    name = "messages" if kind == "chat" else kind
     limit = f"at most {model.context_tokens_max - 1} tokens (context {model.context_tokens_max})"
     _require(0 < num_prompt_tokens < model.context_tokens_max, name, f"{num_prompt_tokens} tokens", limit)
 
@@ -118,25 +119,21 @@ def sampling_of(wire: pb.Sampling, model: ServedModel, *, seed: int) -> Sampling
     max_tokens is not fitted to the context yet: `fit_max_tokens` does that when the prompt's length is known.
 
     Raises:
-        InvalidRequest: naming the field as "sampling.<name>".
+        InvalidRequest
     """
-    check_token_ids("sampling.stop_token_ids", wire.stop_token_ids, model)
+    check_token_ids("stop_token_ids", wire.stop_token_ids, model)
     eos = () if wire.ignore_eos else model.eos_token_ids
-    _require(not wire.HasField("seed") or wire.seed <= SEED_MAX, "sampling.seed", wire.seed, f"at most {SEED_MAX}")
-    try:
-        return SamplingParams(
-            temperature=_number(wire, "temperature", model),
-            top_p=_number(wire, "top_p", model),
-            top_k=int(_number(wire, "top_k", model)),
-            seed=wire.seed if wire.HasField("seed") else seed,
-            max_tokens=wire.max_tokens if wire.HasField("max_tokens") else API_MAX_TOKENS_DEFAULT,
-            stop_token_ids=tuple(dict.fromkeys((*wire.stop_token_ids, *eos))),
-            stop=tuple(wire.stop),
-            ignore_eos=wire.ignore_eos,
-            logprobs=wire.logprobs if wire.HasField("logprobs") else None,
-        )
-    except InvalidRequest as error:
-        raise InvalidRequest(field=f"sampling.{error.field}", value=error.value, limit=error.limit) from None
+    return SamplingParams(
+        temperature=_number(wire, "temperature", model),
+        top_p=_number(wire, "top_p", model),
+        top_k=int(_number(wire, "top_k", model)),
+        seed=wire.seed if wire.HasField("seed") else seed,
+        max_tokens=wire.max_tokens if wire.HasField("max_tokens") else API_MAX_TOKENS_DEFAULT,
+        stop_token_ids=tuple(dict.fromkeys((*wire.stop_token_ids, *eos))),
+        stop=tuple(wire.stop),
+        ignore_eos=wire.ignore_eos,
+        logprobs=wire.logprobs if wire.HasField("logprobs") else None,
+    )
 
 
 def fit_max_tokens(
@@ -152,7 +149,7 @@ def fit_max_tokens(
     if not wire.HasField("max_tokens"):
         return replace(params, max_tokens=min(params.max_tokens, room))
     limit = f"at most {room} (context {model.context_tokens_max}, prompt {num_prompt_tokens} tokens)"
-    _require(params.max_tokens <= room, "sampling.max_tokens", params.max_tokens, limit)
+    _require(params.max_tokens <= room, "max_tokens", params.max_tokens, limit)
     return params
 
 
@@ -166,6 +163,8 @@ def _check_message(name: str, message: pb.ChatMessage, model: ServedModel) -> No
     check_token_ids(f"{name}.token_ids", message.token_ids, model)
     own = not message.token_ids or message.role == "assistant"
     _require(own, f"{name}.token_ids", f"{len(message.token_ids)} ids", "ids only in the assistant's turns")
+    said = bool(message.content or message.token_ids)
+    _require(said, f"{name}.content", message.content, "a text that is not empty, or the ids of an answer")
 
 
 def _slo_s(request: pb.GenerateRequest, name: str) -> float | None:

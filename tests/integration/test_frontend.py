@@ -482,7 +482,7 @@ def test_the_blocking_client_speaks_the_same() -> None:
             assert found["ids"] == [97, 98]
             assert found["nodes"] == {"p": True, "d": True}
             assert found["turns"] == ["user", "assistant"]
-            assert found["field"] == "sampling.temperature"
+            assert found["field"] == "temperature"
             await it.until(lambda: it.front_end.num_open == 0)
 
     run(story())

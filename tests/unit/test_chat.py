@@ -62,7 +62,7 @@ def test_a_template_that_rewrites_answers_is_refused_by_name() -> None:
 
     with pytest.raises(InvalidRequest) as caught:
         chat_token_ids([user("a"), said(1), user("b")], Rewriting())
-    assert caught.value.field == "chat.messages[1].token_ids"
+    assert caught.value.field == "messages[1].token_ids"
 
 
 WORDS = st.text(alphabet="ab é🌕\n", max_size=8)

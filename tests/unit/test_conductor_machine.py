@@ -306,10 +306,11 @@ def test_impossible_requests_name_the_field_and_the_limit() -> None:
     play.join("p0", num_device_blocks=10)
     play.join("d0", num_device_blocks=20)
     assert play.request(spec("r", tokens=prompt(161)))[0] == (
-        "end r rejected: InvalidRequest: prompt: got 161; expected at most 159 tokens on any worker"
+        "end r rejected: InvalidRequest: prompt: got '161 tokens'; expected at most 159 tokens in any worker's KV pool"
     )
     assert play.request(spec("s", tokens=prompt(100), max_tokens=221))[0] == (
-        "end s rejected: InvalidRequest: max_tokens: got 221; expected at most 220 after 100 prompt tokens"
+        "end s rejected: InvalidRequest: max_tokens: got 221; "
+        "expected at most 220 after 100 prompt tokens in any worker's KV pool"
     )
     assert play.request(spec("t", tokens=prompt(100), max_tokens=220))[0] == "begin t#1"
 

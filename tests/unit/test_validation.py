@@ -69,28 +69,30 @@ BAD: list[tuple[str, Spoil, str]] = [
     ("no ids", ids(), "prompt_token_ids"),
     ("id out of range", ids(1, 300), "prompt_token_ids"),
     ("more ids than context", ids(*([1] * 101)), "prompt_token_ids"),
-    ("no messages", chat(), "chat.messages"),
-    ("too many messages", chat(*([message(content="")] * (MESSAGES_MAX + 1))), "chat.messages"),
-    ("messages too long", chat(message(content="x" * 2000), message(content="x" * 2000)), "chat.messages"),
-    ("no role", chat(message(), message(role="")), "chat.messages[1].role"),
-    ("long role", chat(message(role="r" * 33)), "chat.messages[0].role"),
-    ("role with a line break", chat(message(role="a\n")), "chat.messages[0].role"),
-    ("ids of a user", chat(message(token_ids=(1,))), "chat.messages[0].token_ids"),
-    ("said out of range", chat(message("assistant", "", (300,))), "chat.messages[0].token_ids"),
-    ("negative temperature", sampling(temperature=-0.1), "sampling.temperature"),
-    ("temperature not a number", sampling(temperature=math.nan), "sampling.temperature"),
-    ("endless temperature", sampling(temperature=math.inf), "sampling.temperature"),
-    ("top_p of 0", sampling(top_p=0.0), "sampling.top_p"),
-    ("top_p above 1", sampling(top_p=1.1), "sampling.top_p"),
-    ("top_p not a number", sampling(top_p=math.nan), "sampling.top_p"),
-    ("seed too large", sampling(seed=2**63), "sampling.seed"),
-    ("max_tokens of 0", sampling(max_tokens=0), "sampling.max_tokens"),
-    ("stop token out of range", sampling(stop_token_ids=[300]), "sampling.stop_token_ids"),
-    ("too many stop tokens", sampling(stop_token_ids=list(range(65))), "sampling.stop_token_ids"),
-    ("too many stop strings", sampling(stop=["x"] * 17), "sampling.stop"),
-    ("empty stop string", sampling(stop=["x", ""]), "sampling.stop"),
-    ("long stop string", sampling(stop=["x" * 257]), "sampling.stop"),
-    ("too many logprobs", sampling(logprobs=21), "sampling.logprobs"),
+    ("no messages", chat(), "messages"),
+    ("too many messages", chat(*([message(content="")] * (MESSAGES_MAX + 1))), "messages"),
+    ("messages too long", chat(message(content="x" * 2000), message(content="x" * 2000)), "messages"),
+    ("no role", chat(message(), message(role="")), "messages[1].role"),
+    ("long role", chat(message(role="r" * 33)), "messages[0].role"),
+    ("role with a line break", chat(message(role="a\n")), "messages[0].role"),
+    ("ids of a user", chat(message(token_ids=(1,))), "messages[0].token_ids"),
+    ("empty last turn", chat(message(), message(content="")), "messages[1].content"),
+    ("neither text nor ids", chat(message("assistant", ""), message()), "messages[0].content"),
+    ("said out of range", chat(message("assistant", "", (300,))), "messages[0].token_ids"),
+    ("negative temperature", sampling(temperature=-0.1), "temperature"),
+    ("temperature not a number", sampling(temperature=math.nan), "temperature"),
+    ("endless temperature", sampling(temperature=math.inf), "temperature"),
+    ("top_p of 0", sampling(top_p=0.0), "top_p"),
+    ("top_p above 1", sampling(top_p=1.1), "top_p"),
+    ("top_p not a number", sampling(top_p=math.nan), "top_p"),
+    ("seed too large", sampling(seed=2**63), "seed"),
+    ("max_tokens of 0", sampling(max_tokens=0), "max_tokens"),
+    ("stop token out of range", sampling(stop_token_ids=[300]), "stop_token_ids"),
+    ("too many stop tokens", sampling(stop_token_ids=list(range(65))), "stop_token_ids"),
+    ("too many stop strings", sampling(stop=["x"] * 17), "stop"),
+    ("empty stop string", sampling(stop=["x", ""]), "stop"),
+    ("long stop string", sampling(stop=["x" * 257]), "stop"),
+    ("too many logprobs", sampling(logprobs=21), "logprobs"),
     ("TTFT of 0", put("slo_ttft_s", 0.0), "slo_ttft_s"),
     ("negative TBT", put("slo_tbt_s", -1.0), "slo_tbt_s"),
     ("TTFT not a number", put("slo_ttft_s", math.nan), "slo_ttft_s"),
@@ -113,7 +115,7 @@ def test_bad_input_is_named(spoil: Spoil, field: str) -> None:
     [
         lambda r: None,
         ids(0, 299),
-        chat(message("system", ""), message(), message("assistant", "", (258,)), message()),
+        chat(message("system"), message(), message("assistant", "", (258,)), message()),
         put("model", "moon"),
         put("request_id", "ä" * REQUEST_ID_CHARS_MAX),
         sampling(temperature=0.0, top_p=1.0, top_k=2**32 - 1, seed=2**63 - 1, logprobs=20),
@@ -143,7 +145,7 @@ def test_a_prompt_must_leave_room_for_a_token(num_tokens: int) -> None:
     check_prompt("prompt", 99, MODEL)
     with pytest.raises(InvalidRequest) as caught:
         check_prompt("chat", num_tokens, MODEL)
-    assert (caught.value.field, caught.value.value) == ("chat", f"{num_tokens} tokens")
+    assert (caught.value.field, caught.value.value) == ("messages", f"{num_tokens} tokens")
 
 
 def test_a_chosen_length_must_fit_and_the_default_is_cut() -> None:
@@ -152,7 +154,7 @@ def test_a_chosen_length_must_fit_and_the_default_is_cut() -> None:
     assert fit_max_tokens(sampling_of(chosen, MODEL, seed=0), chosen, 79, MODEL).max_tokens == 21
     with pytest.raises(InvalidRequest) as caught:
         fit_max_tokens(sampling_of(chosen, MODEL, seed=0), chosen, 80, MODEL)
-    assert (caught.value.field, caught.value.value) == ("sampling.max_tokens", 21)
+    assert (caught.value.field, caught.value.value) == ("max_tokens", 21)
     assert caught.value.limit == "at most 20 (context 100, prompt 80 tokens)"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Any, Protocol, cast
 
-from halfmoon.errors import HalfmoonError
+from halfmoon.errors import DeadlineExceeded, HalfmoonError, StatusCode, Unavailable
 from halfmoon.status import DETAILS_KEY, error_from_status
 
 ADDRESS_DEFAULT = "127.0.0.1:50051"
@@ -28,12 +28,38 @@ class RpcFailure(Protocol):
     def trailing_metadata(self) -> Any: ...
 
 
-def error_of(failure: object) -> HalfmoonError:
-    """The typed exception for a grpc.RpcError."""
+UNREACHABLE = ("failed to connect", "DNS resolution", "Connection refused", "No such file")
+"""Words by which gRPC tells an address where nobody answers from a connection that broke."""
+
+
+def error_of(
+    failure: object, *, address: str = "", timeout_s: float | None = None, num_tokens: int | None = None
+) -> HalfmoonError:
+    """The typed exception for a grpc.RpcError.
+
+    What gRPC itself found (no details from a server) is told by what this side knows of the call.
+
+    Args:
+        timeout_s: the call's own deadline.
+        num_tokens: of a stream: how many had come.
+    """
     call = cast(RpcFailure, failure)
     code: int = call.code().value[0]
+    said = call.details() or call.code().name
     details = next((value for key, value in call.trailing_metadata() or () if key == DETAILS_KEY), b"")
-    return error_from_status(code, call.details() or call.code().name, bytes(details))
+    if not details and code == StatusCode.DEADLINE_EXCEEDED and timeout_s is not None:
+        so_far = "" if num_tokens is None else f"; {num_tokens} tokens had come"
+        return DeadlineExceeded(f"no end within timeout_s = {timeout_s:g} s{so_far}")
+    if not details and code == StatusCode.UNAVAILABLE:
+        return Unavailable(_lost(said, address, num_tokens))
+    return error_from_status(code, said, bytes(details))
+
+
+def _lost(said: str, address: str, num_tokens: int | None) -> str:
+    if not num_tokens and any(words in said for words in UNREACHABLE):
+        return f"nobody answers at {address}: is a cluster running there? start one with: halfmoon up ({said})"
+    when = "before it answered" if num_tokens is None else f"after {num_tokens} tokens"
+    return f"the conductor at {address} went away {when} ({said})"
 
 
 def new_request_id() -> str:

@@ -118,6 +118,10 @@ class StreamFold:
             self.result = self._finish(event.finished, now_s)
         return None
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
     def finished(self) -> Result:
         """The result, when the stream has ended without an error.
 

@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Unpack, cast
+from typing import Any, NamedTuple, Unpack, cast
 
 import grpc
 import grpc.aio
@@ -40,7 +40,7 @@ from halfmoon._request import (
     timeout_of,
 )
 from halfmoon._stream import Result, ServerTimings, StreamFold, Timings, TokenEvent, Usage
-from halfmoon.errors import Cancelled
+from halfmoon.errors import Cancelled, HalfmoonError
 from halfmoon.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 __all__ = [
@@ -61,12 +61,22 @@ __all__ = [
 ]
 
 
+class _Call(NamedTuple):
+    """A Generate call under way, and what its errors should say of it."""
+
+    rpc: Any
+    request_id: str
+    address: str
+    timeout_s: float
+
+
 class _Stream:
     """One Generate call: what does not depend on how it is awaited."""
 
-    def __init__(self, call: Any, request_id: str, session: ChatSession[Any] | None) -> None:
-        self.request_id = request_id
-        self._call = call
+    def __init__(self, call: _Call, session: ChatSession[Any] | None) -> None:
+        self.request_id = call.request_id
+        self._call = call.rpc
+        self._sent = call
         self._fold = StreamFold(time.perf_counter())
         self._session = session
         self._ended = False
@@ -94,6 +104,13 @@ class _Stream:
     def _feed(self, event: inference_pb2.GenerateEvent) -> TokenEvent | None:
         return self._fold.feed(event, time.perf_counter())
 
+    def _failed(self, failure: object) -> HalfmoonError:
+        self._ended = True
+        sent = self._sent
+        return _calls.error_of(
+            failure, address=sent.address, timeout_s=sent.timeout_s, num_tokens=self._fold.num_tokens
+        )
+
     def _finish(self) -> None:
         self._ended = True
         result = self._fold.finished()
@@ -117,8 +134,7 @@ class Generation(_Stream):
             except StopIteration:
                 self._finish()
             except grpc.RpcError as failure:
-                self._ended = True
-                raise _calls.error_of(failure) from failure
+                raise self._failed(failure) from failure
             else:
                 token = self._feed(event)
                 if token is not None:
@@ -151,8 +167,7 @@ class AsyncGeneration(_Stream):
             try:
                 event = await self._call.read()
             except grpc.aio.AioRpcError as failure:
-                self._ended = True
-                raise _calls.error_of(failure) from failure
+                raise self._failed(failure) from failure
             if event is grpc.aio.EOF:
                 self._finish()
                 break
@@ -216,16 +231,21 @@ class _Base:
             self._admin_channel = self._dial(self._admin_address)
         return admin_pb2_grpc.AdminStub(self._admin_channel)
 
-    def _generate(self, prompt: Prompt, options: Options) -> tuple[Any, str]:
+    def _generate(self, prompt: Prompt, options: Options) -> _Call:
         return self._start(prompt_request(prompt, options), options)
 
-    def _chat(self, messages: ChatInput[Any], options: Options) -> tuple[Any, str]:
+    def _chat(self, messages: ChatInput[Any], options: Options) -> _Call:
         turns = messages.messages if isinstance(messages, ChatSession) else [message_of(m) for m in messages]
         return self._start(chat_request(turns, options), options)
 
-    def _start(self, request: inference_pb2.GenerateRequest, options: Options) -> tuple[Any, str]:
+    def _start(self, request: inference_pb2.GenerateRequest, options: Options) -> _Call:
         request.request_id = request.request_id or _calls.new_request_id()
-        return self._stub.Generate(request, timeout=timeout_of(options, self._timeout_s)), request.request_id
+        timeout_s = timeout_of(options, self._timeout_s)
+        rpc = self._stub.Generate(request, timeout=timeout_s)
+        return _Call(rpc, request.request_id, self.address, timeout_s)
+
+    def _error(self, failure: object, address: str) -> HalfmoonError:
+        return _calls.error_of(failure, address=address or self.address, timeout_s=self._timeout_s)
 
 
 class Client(_Base):
@@ -236,14 +256,14 @@ class Client(_Base):
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
         """Start generating from text or token ids. Nothing is raised before the first `next`, but InvalidRequest."""
-        return Generation(*self._generate(prompt, options), None)
+        return Generation(self._generate(prompt, options), None)
 
     def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         return self.generate(prompt, **options).complete()
 
     def chat(self, messages: ChatInput[Generation], **options: Unpack[Options]) -> Generation:
         """Start the next answer. A ChatSession gains it as a turn when the stream has been read to its end."""
-        return Generation(*self._chat(messages, options), messages if isinstance(messages, ChatSession) else None)
+        return Generation(self._chat(messages, options), messages if isinstance(messages, ChatSession) else None)
 
     def chat_session(self, messages: Sequence[MessageLike] = ()) -> ChatSession[Generation]:
         return ChatSession(messages, start=self.chat)
@@ -265,15 +285,19 @@ class Client(_Base):
 
     def cluster(self) -> Cluster:
         """What the conductor knows of its nodes, from the admin port."""
-        return cluster_of(self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest()))
+        return cluster_of(self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest(), self._admin_address))
 
     def drain(self, node_id: str = "") -> None:
         """Let a node (or, unnamed, the whole cluster) take no new requests; running ones end normally."""
-        self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id))
+        self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id), self._admin_address)
 
     def explain(self, request_id: str) -> dict[str, Any]:
-        """A request's decision record: what was known, predicted, decided and why, and what happened."""
-        reply = self._call(self._admin().Explain, admin_pb2.ExplainRequest(request_id=request_id))
+        """A request's decision record: what was known, predicted, decided and why, and what happened.
+
+        An unambiguous beginning of the id is enough.
+        """
+        request = admin_pb2.ExplainRequest(request_id=request_id)
+        reply = self._call(self._admin().Explain, request, self._admin_address)
         return cast(dict[str, Any], json.loads(reply.record_json))
 
     def close(self) -> None:
@@ -288,11 +312,11 @@ class Client(_Base):
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _call(self, method: Any, request: object) -> Any:
+    def _call(self, method: Any, request: object, address: str = "") -> Any:
         try:
             return method(request, timeout=self._timeout_s)
         except grpc.RpcError as failure:
-            raise _calls.error_of(failure) from failure
+            raise self._error(failure, address) from failure
 
 
 class AsyncClient(_Base):
@@ -302,13 +326,13 @@ class AsyncClient(_Base):
         return grpc.aio
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> AsyncGeneration:
-        return AsyncGeneration(*self._generate(prompt, options), None)
+        return AsyncGeneration(self._generate(prompt, options), None)
 
     async def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Result:
         return await self.generate(prompt, **options).complete()
 
     def chat(self, messages: ChatInput[AsyncGeneration], **options: Unpack[Options]) -> AsyncGeneration:
-        return AsyncGeneration(*self._chat(messages, options), messages if isinstance(messages, ChatSession) else None)
+        return AsyncGeneration(self._chat(messages, options), messages if isinstance(messages, ChatSession) else None)
 
     def chat_session(self, messages: Sequence[MessageLike] = ()) -> ChatSession[AsyncGeneration]:
         return ChatSession(messages, start=self.chat)
@@ -328,13 +352,16 @@ class AsyncClient(_Base):
         return list((await self._call(self._stub.Tokenize, request)).token_ids)
 
     async def cluster(self) -> Cluster:
-        return cluster_of(await self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest()))
+        return cluster_of(
+            await self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest(), self._admin_address)
+        )
 
     async def drain(self, node_id: str = "") -> None:
-        await self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id))
+        await self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id), self._admin_address)
 
     async def explain(self, request_id: str) -> dict[str, Any]:
-        reply = await self._call(self._admin().Explain, admin_pb2.ExplainRequest(request_id=request_id))
+        request = admin_pb2.ExplainRequest(request_id=request_id)
+        reply = await self._call(self._admin().Explain, request, self._admin_address)
         return cast(dict[str, Any], json.loads(reply.record_json))
 
     async def close(self) -> None:
@@ -348,8 +375,8 @@ class AsyncClient(_Base):
     async def __aexit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
-    async def _call(self, method: Any, request: object) -> Any:
+    async def _call(self, method: Any, request: object, address: str = "") -> Any:
         try:
             return await method(request, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as failure:
-            raise _calls.error_of(failure) from failure
+            raise self._error(failure, address) from failure

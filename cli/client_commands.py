@@ -8,9 +8,14 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 
+from cli.explain import explained
 from cli.tables import cluster_table, make_console, milliseconds, requests_table
-from halfmoon.client import Client, Result
+from halfmoon._request import timeout_of
+from halfmoon.client import Client, Generation, Result
+from halfmoon.errors import HalfmoonError
+from halfmoon.types import SamplingParams
 
 ADDRESS = click.option("--address", default="127.0.0.1:50051", show_default=True, help="The cluster's client API.")
 ADMIN = click.option("--admin", default="127.0.0.1:50052", show_default=True, help="The cluster's admin API.")
@@ -21,10 +26,17 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
     for option in (
         click.option("--max-tokens", type=int, help="Output tokens at most."),
         click.option("--temperature", type=float, help="0 is greedy."),
-        click.option("--top-p", type=float),
-        click.option("--top-k", type=int),
+        click.option("--top-p", type=float, help="Nucleus mass in (0, 1]; 1 is off."),
+        click.option("--top-k", type=int, help="Candidates kept; 0 is off."),
         click.option("--seed", type=int, help="Same seed, same answer."),
-        click.option("--timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds."),
+        click.option(
+            "--timeout",
+            "timeout_s",
+            type=float,
+            default=600.0,
+            show_default=True,
+            help="Seconds until the whole answer must be there.",
+        ),
     ):
         command = option(command)
     return command
@@ -46,12 +58,13 @@ def generate(address: str, prompt: str, raw: bool, as_json: bool, stop: tuple[st
         stream = start(prompt, **given)
         for event in stream:
             if not as_json:
-                console.print(event.text, end="", markup=False)
+                console.print(event.text, end="", markup=False, soft_wrap=True)
         if as_json:
             click.echo(json.dumps(dataclasses.asdict(stream.result)))
             return
-        console.print(_rest(stream.result), markup=False)
+        console.print(_rest(stream.result), markup=False, soft_wrap=True)
         console.print(requests_table([(stream.result.request_id[:12], stream.result)]))
+        console.print(f"request id: {stream.result.request_id}", soft_wrap=True)
 
 
 @click.command()
@@ -62,14 +75,24 @@ def chat(address: str, system: str | None, **options: Any) -> None:
     """Talk to the model; an empty line or Ctrl-D ends. Earlier turns are found again as KV blocks."""
     console = make_console()
     given = {k: v for k, v in options.items() if v is not None}
+    SamplingParams(**{k: v for k, v in given.items() if k != "timeout_s"})  # refused now, not at the first turn
+    timeout_of({"timeout_s": given["timeout_s"]}, given["timeout_s"])
     with Client(address) as client:
         session = client.chat_session([{"role": "system", "content": system}] if system else [])
         while line := _ask(console):
-            stream = session.send(line, **given)
-            for event in stream:
-                console.print(event.text, end="", markup=False)
-            console.print(_rest(stream.result), markup=False)
-            console.print(f"[dim]{_summary(stream.result)}[/dim]")
+            turns = len(session.messages)
+            try:
+                _turn(console, session.send(line, **given))
+            except HalfmoonError as error:
+                del session.messages[turns:]  # a turn without an answer is as if it had not been said
+                console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", soft_wrap=True)
+
+
+def _turn(console: Console, stream: Generation) -> None:
+    for event in stream:
+        console.print(event.text, end="", markup=False, soft_wrap=True)
+    console.print(_rest(stream.result), markup=False, soft_wrap=True)
+    console.print(f"[dim]{_summary(stream.result)}[/dim]")
 
 
 @click.command()
@@ -80,7 +103,7 @@ def status(address: str, admin: str) -> None:
     console = make_console()
     with Client(address, admin_address=admin) as client:
         cluster = client.cluster()
-    console.print(cluster_table(cluster))
+    console.print(cluster_table(cluster, console.width))
     for name, count in sorted(cluster.counters.items()):
         console.print(f"  {name} {count}")
 
@@ -98,10 +121,15 @@ def drain(admin: str, node_id: str) -> None:
 @click.command()
 @ADMIN
 @click.argument("request_id")
-def explain(admin: str, request_id: str) -> None:
-    """Print a request's decision record: what was known, predicted, decided, and what happened."""
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
+def explain(admin: str, request_id: str, as_json: bool) -> None:
+    """Why REQUEST_ID (or the beginning of one) went where it went: candidates, predictions, and what happened."""
     with Client(admin_address=admin) as client:
-        click.echo(json.dumps(client.explain(request_id), indent=1))
+        record = client.explain(request_id)
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+    else:
+        make_console().print(*explained(record), sep="\n")
 
 
 def _ask(console: Console) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import click
+from rich.markup import escape
 
 from cli.client_commands import chat, drain, explain, generate, status
 from cli.cluster_commands import config, demo, up
@@ -19,7 +20,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except HalfmoonError as error:
-            make_console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {error}")
+            make_console(stderr=True).print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", soft_wrap=True)
             sys.exit(1)
 
 

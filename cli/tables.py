@@ -13,6 +13,9 @@ from halfmoon.client import Cluster, Result
 WIDTH_OF_FILES = 130
 """Columns where the output is no terminal: the tables below fit."""
 
+WIDE = 120
+"""Columns from which on a node's process and address are shown as well."""
+
 
 def make_console(*, stderr: bool = False) -> Console:
     """The one way output is printed: a terminal's own width, or a fixed one in files and pipes."""
@@ -32,11 +35,11 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def requests_table(rows: Sequence[tuple[str, Result]]) -> Table:
     """One line per request. Times are the client's; device, DRAM, remote: prompt tokens by where their KV was found."""
-    table = Table(box=box.SIMPLE_HEAD, title="Requests", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title="Requests", title_justify="left", padding=0)
     for name in ("request", "prefill → decode", "link"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold")
     for name in ("prompt", "output", "TTFT ms", "TBT p50", "max ms", "device", "DRAM", "remote", "MiB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name, result in rows:
         table.add_row(name, *_request_cells(result))
     return table
@@ -60,18 +63,41 @@ def _request_cells(result: Result) -> list[str]:
     ]
 
 
-def cluster_table(cluster: Cluster) -> Table:
-    """One line per node. In blocks: held by something that runs / room, free or evictable, of all / in the index."""
-    title = f"{cluster.model} · {'ready' if cluster.ready else 'not ready'} · {cluster.requests_open} requests open"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for name in ("node", "role", "state", "pid", "address"):
-        table.add_column(name, no_wrap=True)
-    for name in ("queued", "running", "held", "room", "indexed", "heard s ago"):
-        table.add_column(name, justify="right")
+def short(count: int) -> str:
+    """Four digits at most: 65536 is 65.5k."""
+    if count < 10_000:
+        return str(count)
+    return f"{count / 1e3:.1f}k" if count < 1_000_000 else f"{count / 1e6:.1f}M"
+
+
+def missing(cluster: Cluster) -> str:
+    """Which pools have no ready worker, in words; empty if each has one."""
+    said = []
+    for role in ("prefill", "decode"):
+        pool = [node for node in cluster.nodes if node.role in (role, "coupled")]
+        if not any(node.ready for node in pool):
+            said.append(f"no {role} worker is ready: 0 of {len(pool)} known")
+    return "; ".join(said)
+
+
+def cluster_table(cluster: Cluster, width: int = WIDTH_OF_FILES) -> Table:
+    """One line per node. In blocks: held by something that runs / room, free or evictable, of all / in the index.
+
+    width: columns to fill; where they are few, process and address are left out, never a number of the load.
+    """
+    state = "ready" if cluster.ready else f"not ready ({missing(cluster) or 'no canary has come through yet'})"
+    title = f"{cluster.model} · {state} · {cluster.requests_open} requests open"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1 if width >= WIDE else 0))
+    wide = ("pid", "address") if width >= WIDE else ()
+    for name in ("node", "role", "state", *wide):
+        table.add_column(name, overflow="fold")
+    for name in ("queued", "running", "held", "room", "indexed", "heard s"):
+        table.add_column(name, justify="right", no_wrap=True)
     for node in cluster.nodes:
         state = "draining" if node.draining else "ready" if node.ready else "not ready"
-        room = f"{node.free_device_blocks + node.evictable_device_blocks}/{node.num_device_blocks}"
-        cells = [node.node_id, node.role, state, str(node.pid), node.address]
-        cells += [str(node.queued_attempts), str(node.running_sequences), str(node.held_blocks), room]
-        table.add_row(*cells, f"{node.indexed_blocks} ({node.index_mode})", f"{node.last_heard_s:.1f}")
+        room = f"{short(node.free_device_blocks + node.evictable_device_blocks)}/{short(node.num_device_blocks)}"
+        indexed = short(node.indexed_blocks) + ("" if node.index_mode == "exact" else f" {node.index_mode}")
+        cells = [node.node_id, node.role, state, *([str(node.pid), node.address] if wide else [])]
+        cells += [str(node.queued_attempts), str(node.running_sequences), short(node.held_blocks), room]
+        table.add_row(*cells, indexed, f"{node.last_heard_s:.1f}")
     return table

@@ -13,7 +13,7 @@ from typing import Any
 from conductor.driver import Driver
 from conductor.frontend import FrontEnd
 from conductor.status import NodeState
-from halfmoon.errors import NotFound
+from halfmoon.errors import InvalidRequest, NotFound
 from halfmoon.types import NodeId, RequestId
 from halfmoon.v1 import admin_pb2, admin_pb2_grpc
 from service.codec import encode
@@ -66,8 +66,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         return admin_pb2.DrainResponse()
 
     async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.ExplainResponse:  # noqa: N802
-        """The decision record. Raises: NotFound: never seen, or dropped for newer ones."""
-        record = self._driver.machine.explain(RequestId(request.request_id))
+        """The decision record. Raises: NotFound: never seen, or dropped for newer ones; InvalidRequest: ambiguous."""
+        machine, name = self._driver.machine, request.request_id
+        record = machine.explain(RequestId(name))
+        if record is None and name and (found := machine.ids_beginning(name)):
+            if len(found) > 1:
+                raise InvalidRequest(field="request_id", value=name, limit=f"more of it: {len(found)} ids begin so")
+            record = machine.explain(found[0])
         if record is None:
             raise NotFound(f"request {request.request_id!r}: unknown, or its record has been dropped for newer ones")
         return admin_pb2.ExplainResponse(record_json=json.dumps(_plain(record.as_json())))

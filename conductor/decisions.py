@@ -162,6 +162,10 @@ class Decisions:
     def get(self, request_id: RequestId) -> DecisionRecord | None:
         return self._open.get(request_id) or self._ended.get(request_id)
 
+    def beginning(self, prefix: str) -> list[RequestId]:
+        """The ids that begin so."""
+        return [request_id for request_id in {**self._ended, **self._open} if request_id.startswith(prefix)]
+
     def choice(self, placement: Placement, number: int, cause: str, at_s: float) -> Choice:
         prefill, decode = placement.option
         keep = self._candidates_max

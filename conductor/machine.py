@@ -186,6 +186,10 @@ class ConductorMachine:
     def explain(self, request_id: RequestId) -> DecisionRecord | None:
         return self._desk.decisions.get(request_id)
 
+    def ids_beginning(self, prefix: str) -> list[RequestId]:
+        """Of requests that have a record."""
+        return self._desk.decisions.beginning(prefix)
+
     def status(self) -> ConductorStatus:
         """As of the last call that brought a time."""
         return status_of(self._desk, self.conductor_id, self._now_s)

@@ -496,6 +496,11 @@ def test_operators_see_drain_and_explain() -> None:
                 stub = admin_pb2_grpc.AdminStub(channel)
                 record = await stub.Explain(admin_pb2.ExplainRequest(request_id=result.request_id))
                 assert '"prefill_node": "p"' in record.record_json
+                short = await stub.Explain(admin_pb2.ExplainRequest(request_id=result.request_id[:12]))
+                assert short == record
+                await it.client.complete("ab", max_tokens=3)
+                with pytest.raises(grpc.aio.AioRpcError, match="2 ids begin so"):
+                    await stub.Explain(admin_pb2.ExplainRequest(request_id="r-"))
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await stub.Explain(admin_pb2.ExplainRequest(request_id="nobody"))
                 assert caught.value.code() is grpc.StatusCode.NOT_FOUND

@@ -77,13 +77,14 @@ class NodesConfig:
     """How workers are dialled and watched.
 
     Args:
-        node_silence_s: without a load report for so long, a node is lost (its stream may still look alive).
+        node_silence_s: without a load report for so long, a node is lost (its stream may still look alive; a process
+            that died breaks it at once). A host that is oversubscribed four times was seen silent for 2 s.
         attach_s: for connecting, attaching and the first snapshot.
         backoff_s, backoff_s_max: pause before dialling again, doubled each time.
         commands_max: commands waiting for one node's stream; a node that lets so many wait is lost.
     """
 
-    node_silence_s: float = 2.0
+    node_silence_s: float = 5.0
     attach_s: float = 5.0
     backoff_s: float = 0.1
     backoff_s_max: float = 1.0

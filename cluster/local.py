@@ -82,6 +82,8 @@ class LocalCluster:
 
     def kill(self) -> None:
         """End every process now; a stop that is waiting for them returns."""
+        if self._watch is not None:
+            self._watch.cancel()
         for process in self._processes():
             process.kill()
         if self.registry is not None:

@@ -6,6 +6,9 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +183,32 @@ async def until_served(client: AsyncClient, tokens: list[int], timeout_s: float 
             else:
                 assert result.token_ids == expected(tokens, 24)
                 return
+
+
+def is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_a_second_ctrl_c_ends_everything_now_and_nothing_is_started_again() -> None:
+    async def story() -> None:
+        async with running() as (cluster, _):
+            pids = [p.pid for p in (cluster.registry, cluster.conductor, *cluster.workers) if p is not None]
+            cluster.kill()
+        assert len(pids) == 4
+        assert not any(is_alive(pid) for pid in pids if pid is not None)
+        assert cluster.failures == []
+
+    run(story())
+
+
+def test_ctrl_c_while_loading_says_so(tmp_path: Path) -> None:
+    options = ["--model", "fake", "--port", "0", "--admin-port", "0", "--directory", str(tmp_path)]
+    command = [sys.executable, "-m", "cli.main", "up", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as up:
+        assert up.stdout is not None
+        lines = [up.stdout.readline(), up.stdout.readline()]
+        up.send_signal(signal.SIGINT)
+        rest = up.stdout.read()
+    assert lines[1] == "  prefill-0    starting\n"
+    assert rest.endswith("Stopped before it was ready.\n")
+    assert up.returncode == 130

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,8 +12,8 @@ from rich.console import Console
 
 from cli.client_commands import chat
 from cli.explain import explained
-from cli.tables import cluster_table, missing
-from halfmoon.client import Cluster, ClusterNode
+from cli.tables import cluster_table, missing, requests_table
+from halfmoon.client import Cluster, ClusterNode, Result, ServerTimings, Timings, Usage
 from halfmoon.errors import InvalidRequest
 from halfmoon.types import RequestId
 from tests.conductor_kit import Play, spec
@@ -57,6 +57,22 @@ def test_every_number_of_a_node_is_shown(width: int) -> None:
     for cell in ("prefill-0", "12", "34", "4536", "61.0k/65.5k", "54.3k", "0.3"):
         assert cell in text.replace("\n", " "), cell
     assert ("123456" in text) == (width == 130)
+
+
+@pytest.mark.parametrize("width", [80, 130])
+def test_every_number_of_a_request_is_shown(width: int) -> None:
+    counts = {f.name: 0 for f in fields(Usage)} | {"prompt_tokens": 31234, "completion_tokens": 2567}
+    counts |= {"prefix_hit_tokens_device": 30008, "prefix_hit_tokens_dram": 10112, "prefix_hit_tokens_remote": 20480}
+    names = {"prefill_node": "prefill-0", "decode_node": "decode-0", "link": "shm", "kv_bytes_pulled": 987 << 20}
+    server = ServerTimings(**dict.fromkeys((f.name for f in fields(ServerTimings)), 0.0))
+    result = Result(
+        request_id="r", text="", token_ids=(), prompt_token_ids=(), finish_reason="stop", tokens=(),
+        usage=Usage(**counts | names),  # type: ignore[arg-type]
+        timings=Timings(ttft_s=12.345, tbt_s=(1.5,), total_s=1.0, server=server),
+    )  # fmt: skip
+    text = shown(requests_table([("r-0123456789", result)]), width=width)
+    for cell in ("31234", "2567", "12,345", "1,500", "30008", "10112", "20480", "987.0"):
+        assert cell in text, cell
 
 
 def test_what_is_missing_is_said() -> None:

@@ -1,6 +1,9 @@
 """Pure: whether a request is taken on. Every policy gives a verdict; only those in force refuse.
 
-A prediction outside what the cost models have seen refuses nobody: a number that is not known is no reason.
+A prediction outside what the cost models have seen, or one that their own recent errors contradict, refuses nobody: a
+number that is not known is no reason. And a worker with nothing to do refuses nobody: only work gives samples, so a
+model that has gone wrong could otherwise lock its worker up for good. Such a request goes as a probe, and its record
+says so.
 """
 
 from __future__ import annotations
@@ -58,7 +61,10 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One policy's opinion. With `accept` the other fields tell which limit came closest."""
+    """One policy's opinion. With `accept` the other fields tell which limit came closest.
+
+    `reason` with `accept`: "probe", where an idle worker is given what it is predicted to miss; else empty.
+    """
 
     policy: str
     mode: Mode
@@ -88,26 +94,32 @@ class AdmissionPolicy(Protocol):
 
 
 class Baseline:
-    """Refuses what would miss its own SLO on the placement that was picked for it, judged by the load now."""
+    """Refuses what would miss its own SLO on the placement that was picked for it, judged by the load now.
+
+    Never by a guess, and never where the worker that would miss it is idle: that one is probed.
+    """
 
     name = "baseline"
 
     def judge(self, case: Case, mode: Mode) -> Verdict:
+        (prefill, decode), slo = case.placement.option, case.slo
         ttft, tbt = case.placement.ttft, case.placement.tbt
-        if _misses(ttft, case.slo.ttft_s):
-            retry_s = ttft.seconds - (case.slo.ttft_s or 0.0)
-            return self._refuse(mode, "ttft_slo", ttft, case.slo.ttft_s, retry_s)
-        if _misses(tbt, case.slo.tbt_s):
-            worker = case.view.get(case.placement.option.decode.node_id)
+        late, slow = _misses(ttft, slo.ttft_s), _misses(tbt, slo.tbt_s)
+        if late and not _idle(case, prefill.node_id):
+            return self._refuse(mode, "ttft_slo", ttft, slo.ttft_s, ttft.seconds - (slo.ttft_s or 0.0))
+        if slow and not _idle(case, decode.node_id):
+            worker = case.view.get(decode.node_id)
             batch = max(1, worker.batch if worker else 1)
             next_end_s = (case.decode_s or 1.0) / batch  # sequences that began at random times end this often
-            return self._refuse(mode, "tbt_slo", tbt, case.slo.tbt_s, next_end_s)
+            return self._refuse(mode, "tbt_slo", tbt, slo.tbt_s, next_end_s)
+        closest, limit = (tbt, slo.tbt_s) if slow and not late else (ttft, slo.ttft_s)
         return Verdict(
             policy=self.name,
             mode=mode,
             accept=True,
-            predicted=ttft.seconds,
-            limit=case.slo.ttft_s or 0.0,
+            reason="probe" if late or slow else "",
+            predicted=closest.seconds,
+            limit=limit or 0.0,
             in_range=ttft.in_range and tbt.in_range,
         )
 
@@ -125,6 +137,11 @@ class Baseline:
 
 def _misses(value: Estimate, limit: float | None) -> bool:
     return limit is not None and value.in_range and value.seconds > limit
+
+
+def _idle(case: Case, node_id: NodeId) -> bool:
+    worker = case.view.get(node_id)
+    return worker is not None and worker.attempts == 0
 
 
 class Admission:

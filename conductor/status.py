@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from conductor.desk import Desk
 from conductor.prefix_index import IndexMode
 from conductor.view import Books, Worker, WorkerState
-from core.cost import Residual
+from core.fit import Residual
 from core.messages import LoadReport, NodeInfo
 
 

@@ -191,7 +191,8 @@ class PassSample:
     """One engine pass, measured: for fitting costs.
 
     prefill: `new_tokens` prompt tokens over `context_tokens` earlier ones; decode: `batch` sequences over
-    `kv_tokens` tokens of KV in all.
+    `kv_tokens` tokens of KV in all. `pairs`: (query, key) pairs that the prefill attends over, summed by prompt, for
+    a pass may hold parts of several; 0: as if it were all of one prompt.
     """
 
     new_tokens: int
@@ -199,6 +200,7 @@ class PassSample:
     batch: int
     kv_tokens: int
     seconds: float
+    pairs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

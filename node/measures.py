@@ -30,6 +30,7 @@ class Samples:
                 batch=len(steps),
                 kv_tokens=sum(s.end for s in steps),
                 seconds=seconds,
+                pairs=sum(len(s.token_ids) * (s.start + s.end) // 2 for s in chunks),
             )
         )
 

@@ -277,18 +277,20 @@ class KvEvents(_message.Message):
     def __init__(self, event_id: _Optional[int] = ..., stored: _Optional[_Iterable[_Union[BlockCopy, _Mapping]]] = ..., removed: _Optional[_Iterable[_Union[BlockCopy, _Mapping]]] = ...) -> None: ...
 
 class PassSample(_message.Message):
-    __slots__ = ("new_tokens", "context_tokens", "batch", "kv_tokens", "seconds")
+    __slots__ = ("new_tokens", "context_tokens", "batch", "kv_tokens", "seconds", "pairs")
     NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
     new_tokens: int
     context_tokens: int
     batch: int
     kv_tokens: int
     seconds: float
-    def __init__(self, new_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., batch: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    pairs: int
+    def __init__(self, new_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., batch: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., seconds: _Optional[float] = ..., pairs: _Optional[int] = ...) -> None: ...
 
 class TransferSample(_message.Message):
     __slots__ = ("source", "link", "num_bytes", "seconds")

@@ -12,6 +12,7 @@ from conductor.effects import Slo
 from conductor.policy import Placement
 from conductor.scoring import DecodeScore, Option, PrefillScore
 from conductor.view import ClusterView
+from core.messages import LoadReport, PassSample
 from halfmoon.errors import ConfigError
 from halfmoon.types import NodeId, Outcome, RequestId
 from tests.conductor_kit import Play, spec
@@ -42,6 +43,24 @@ def test_the_baseline_judges_the_placement_by_the_requests_own_limits(
 ) -> None:
     verdict = Baseline().judge(case(ttft_s=ttft_s, tbt_s=tbt_s, slo=slo, in_range=in_range), Mode.ENFORCE)
     assert (verdict.reason, verdict.accept) == (reason, reason == "")
+
+
+def test_an_idle_worker_is_probed_and_the_record_says_so() -> None:
+    """The lock-out: a model gone wrong refused everything that has an SLO, and learned nothing from refusals."""
+    play = Play("p0 d0")
+    slow = [PassSample(new_tokens=n, context_tokens=0, batch=0, kv_tokens=0, seconds=float(n)) for n in range(1, 60)]
+    play.say("p0", LoadReport(passes=tuple(slow)))
+    assert play.request(spec("a", slo=Slo(ttft_s=1.0)))[0] == "begin a#1"
+    record = play.machine.explain(RequestId("a"))
+    assert record is not None
+    verdict = record.verdicts[0]
+    assert (verdict.accept, verdict.reason, verdict.limit, verdict.in_range) == (True, "probe", 1.0, False)
+    assert verdict.predicted == pytest.approx(40.0, rel=0.01)
+    (refused,) = play.request(spec("b", slo=Slo(ttft_s=1.0)))
+    assert refused.startswith("end b rejected: Rejected: rejected (ttft_slo)")  # there is work that will tell
+    fast = [PassSample(new_tokens=40, context_tokens=0, batch=0, kv_tokens=0, seconds=0.04)] * 4
+    play.say("p0", LoadReport(passes=tuple(fast)))
+    assert play.request(spec("c", slo=Slo(ttft_s=1.0)))[0] == "begin c#1"  # contradicted: out of range
 
 
 def test_only_policies_in_force_refuse() -> None:

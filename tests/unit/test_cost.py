@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from core.cost import CostPrior, LinearFit, WorkerCost
+from core.cost import CostPrior, WorkerCost
+from core.fit import LinearFit
 from core.messages import PassSample, TransferSample
 from halfmoon.types import NodeId
 
@@ -136,3 +137,81 @@ def test_what_was_learned_is_the_prior_of_a_newcomer() -> None:
     newcomer = WorkerCost(taught().learned(), tokens_per_pass_max=512)
     estimate = newcomer.prefill_s(300, 2000)
     assert estimate == (pytest.approx(true_prefill_s(300, 2000), rel=1e-3), False)
+
+
+# ---- what a cluster really sends: many tiny passes, one huge prompt in chunks, noise, hiccups ----
+
+
+def fake_s(new: int, context: int) -> float:
+    return 1e-3 + 5e-6 * new + 1e-9 * (new * context + new * new / 2)
+
+
+def prompt_passes(cost: WorkerCost, tokens: int, rng: random.Random, factor: float = 1.0) -> None:
+    """A prompt's chunks, each as fast as `fake_s`, give or take."""
+    for start in range(0, tokens, 512):
+        new = min(512, tokens - start)
+        seconds = factor * fake_s(new, start) * rng.lognormvariate(0.0, 0.3)
+        cost.observe_pass(prefill_pass(new, start, seconds))
+
+
+def prompt_s(tokens: int) -> float:
+    return sum(fake_s(min(512, tokens - start), start) for start in range(0, tokens, 512))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sixty_tiny_prompts_and_a_huge_one_leave_every_prediction_near_the_truth(seed: int) -> None:
+    rng, cost = random.Random(seed), WorkerCost(CostPrior(), tokens_per_pass_max=512)
+    prompt_passes(cost, 5, rng, factor=100.0)  # a cold start
+    for _ in range(60):
+        prompt_passes(cost, 2, rng)
+    prompt_passes(cost, 40_000, rng)
+    for tokens in (2, 5, 20, 100, 1000, 5000, 40_000):
+        assert cost.prefill_s(tokens, 0).seconds == pytest.approx(prompt_s(tokens), rel=0.75), tokens
+    for _ in range(2000):
+        prompt_passes(cost, 2, rng)
+    for tokens in (2, 5, 20, 100, 1000, 5000, 40_000):
+        assert cost.prefill_s(tokens, 0).seconds == pytest.approx(prompt_s(tokens), rel=0.75), tokens
+
+
+def test_one_pass_a_hundred_times_too_slow_changes_nothing() -> None:
+    cost = taught()
+    before = cost.prefill_s(300, 2000)
+    cost.observe_pass(prefill_pass(300, 2000, 100 * before.seconds))
+    assert cost.prefill_s(300, 2000) == (pytest.approx(before.seconds, rel=0.01), True)
+
+
+def test_what_contradicts_the_predictions_puts_them_out_of_range() -> None:
+    cost = taught()
+    known, steps = cost.prefill_s(300, 2000), []
+    for _ in range(7):
+        cost.observe_pass(prefill_pass(300, 2000, 10 * known.seconds))
+        steps.append(cost.prefill_s(300, 2000).in_range)
+    assert (steps[0], steps[6]) == (True, False)
+
+
+def test_twice_as_slow_is_followed_within_a_hundred_samples() -> None:
+    cost = taught()
+    for _ in range(100):
+        cost.observe_pass(prefill_pass(300, 2000, 2 * true_prefill_s(300, 2000)))
+    assert cost.prefill_s(300, 2000).seconds == pytest.approx(2 * true_prefill_s(300, 2000), rel=0.1)
+
+
+def test_parts_of_several_prompts_in_a_pass_attend_each_to_their_own() -> None:
+    rng, cost = random.Random(1), WorkerCost(PRIOR, tokens_per_pass_max=512)
+    for _ in range(300):
+        parts = [(rng.randint(1, 100), rng.randint(0, 4000)) for _ in range(rng.randint(1, 5))]
+        new, context = sum(n for n, _ in parts), sum(c for _, c in parts)
+        pairs = sum(n * (2 * c + n) // 2 for n, c in parts)
+        seconds = 0.03 + 2e-4 * new + 5e-8 * pairs
+        cost.observe_pass(
+            PassSample(new_tokens=new, context_tokens=context, batch=0, kv_tokens=0, seconds=seconds, pairs=pairs)
+        )
+    assert cost.prefill_s(80, 2000) == (pytest.approx(true_prefill_s(80, 2000), rel=0.01), True)
+
+
+def test_a_mixed_pass_that_is_nearly_all_decode_says_nothing_about_prefill() -> None:
+    cost = taught()
+    before = cost.prefill_s(4, 100).seconds
+    cost.observe_pass(prefill_pass(4, 100, 0.017, batch=32, kv_tokens=30_000))
+    assert cost.residuals()["prefill"].refused == 1
+    assert cost.prefill_s(4, 100).seconds == before

@@ -1,6 +1,6 @@
 """Shell: tokens per second of our engine on the real model, one thread, against its peers and the core's limits.
 
-    python -m benchmarks.engine [--reps 5] [--quick] [--vllm]
+    python -m benchmarks.engine [--reps 5] [--quick] [--vllm float32]
 
 Peers: Hugging Face transformers in bf16 and in fp32 (where a CPU has no bf16 units, fp32 is its better side), measured
 in turn with ours; with --vllm also vLLM's CPU build in a virtual environment of its own (.venv-bench, made on first
@@ -236,10 +236,10 @@ def _install_vllm(python: Path) -> None:
     (VLLM_VENV / ".ready").touch()
 
 
-def add_vllm(results: dict[str, dict[str, Times]], reps: int, quick: bool) -> dict[str, str]:
+def add_vllm(results: dict[str, dict[str, Times]], reps: int, quick: bool, dtypes: tuple[str, ...]) -> dict[str, str]:
     """Adds vLLM's columns; {dtype: why it is missing}."""
     errors = {}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in dtypes:
         console.print(f"[dim]vllm {dtype} ...[/dim]")
         try:
             for case, times in vllm_results(reps, quick, dtype).items():
@@ -272,9 +272,14 @@ def show(results: dict[str, dict[str, Times]], limits: dict[str, float]) -> None
 @click.command()
 @click.option("--reps", default=5, show_default=True, help="Repetitions; the median counts.")
 @click.option("--quick", is_flag=True, help="Leave out the 2048-token prefill.")
-@click.option("--vllm", is_flag=True, help="Also vLLM's CPU build, installed into .venv-bench on first use.")
+@click.option(
+    "--vllm",
+    type=click.Choice(["bfloat16", "float32"]),
+    multiple=True,
+    help="Also vLLM's CPU build in this dtype (may be given twice), installed into .venv-bench on first use.",
+)
 @click.option("--no-bf16-peer", is_flag=True, help="Leave out transformers in bf16: minutes where bf16 is emulated.")
-def main(reps: int, quick: bool, vllm: bool, no_bf16_peer: bool) -> None:
+def main(reps: int, quick: bool, vllm: tuple[str, ...], no_bf16_peer: bool) -> None:
     """Tokens per second of the engine and its peers."""
     torch.manual_seed(1)
     peers: list[Peer] = [Ours("bfloat16"), Ours("float32"), Transformers("float32")]
@@ -282,7 +287,8 @@ def main(reps: int, quick: bool, vllm: bool, no_bf16_peer: bool) -> None:
         peers.append(Transformers("bfloat16"))
     limits = roofline(reps)
     results = measure(peers, reps, quick)
-    errors = add_vllm(results, reps, quick) if vllm else {}
+    peers.clear()  # their memory is wanted
+    errors = add_vllm(results, reps, quick, vllm)
     show(results, limits)
     raw = {case: {name: vars(times) for name, times in each.items()} for case, each in results.items()}
     data = {"model": MODEL, "command": sys.argv[1:], "limits": limits, "times": raw, "vllm_errors": errors}

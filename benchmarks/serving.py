@@ -33,6 +33,7 @@ from halfmoon.client import AsyncClient
 CHUNKS = (64, 128, 256, 512)
 LONG_PROMPT = 2000
 STREAM_PROMPT = 64
+SIZES = (128, 512)
 LOAD = 0.7
 console = Console()
 
@@ -63,7 +64,7 @@ async def measure_cost(pairs: int) -> dict[str, Any]:
     rng = random.Random(1)
     rows: dict[str, Any] = {}
     async with cluster(prefill=1, decode=1) as split, cluster(prefill=0, decode=0, coupled=1) as coupled:
-        for size in (128, 512, 2000):
+        for size in SIZES:
             samples: dict[str, list[tuple[float, float]]] = {"1P1D": [], "coupled": []}
             for number in range(pairs + 2):
                 turn = [("1P1D", split), ("coupled", coupled)]

@@ -19,7 +19,7 @@ class ConductorConfig:
     """
 
     # ---- trying ----
-    attempts_max: int = 4
+    attempts_max: int = 6
     """Tries of one request that began work, over all failures."""
     refusals_max: int = 16
     """Refusals by prefill workers before a request is given up: they cost a round trip, no compute."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from halfmoon.blocks import Fingerprint
 from halfmoon.types import AttemptId, BlockHash, Epoch, FinishReason, NodeId, Role, SamplingParams, Tier
 
-
 # ---- who is there -------------------------------------------------------------------------------------------------
 
 

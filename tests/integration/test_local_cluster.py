@@ -71,7 +71,7 @@ def test_a_coupled_worker_needs_no_link() -> None:
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 def test_a_worker_killed_in_mid_stream_is_replaced_and_its_streams_complete(victim: str) -> None:
     async def story() -> None:
-        async with running() as (cluster, client):
+        async with running(fake_pass_s=0.005) as (cluster, client):
             prompts = [prompt(40 + n, n) for n in range(6)]
             tasks = [asyncio.create_task(ask(client, p, 400)) for p in prompts]
             await until(client, lambda view: sum(n.running_sequences for n in view.nodes) >= 3)
@@ -91,14 +91,17 @@ def test_a_stopped_worker_is_found_out() -> None:
     """SIGSTOP: alive to the kernel, silent to us. Its streams go on elsewhere within bounds."""
 
     async def story() -> None:
-        async with running(decode=2) as (_, client):
+        async with running(decode=2, fake_pass_s=0.01) as (_, client):
             tokens = prompt(64)
-            task = asyncio.create_task(ask(client, tokens, 500))
+            stream = client.generate(tokens, max_tokens=500, temperature=0.0, ignore_eos=True)
+            async for event in stream:
+                if event.index == 100:  # a second in: what ran before, the canary, is no longer reported
+                    break
             view = await until(client, lambda v: any(n.running_sequences for n in v.nodes if n.role == "decode"))
             busy = next(n for n in view.nodes if n.role == "decode" and n.running_sequences)
             os.kill(busy.pid, signal.SIGSTOP)
             try:
-                result = await task
+                result = await stream.complete()
                 assert result.token_ids == expected(tokens, 500)
                 assert result.usage.attempts >= 2
             finally:

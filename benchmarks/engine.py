@@ -245,9 +245,16 @@ def add_vllm(results: dict[str, dict[str, Times]], reps: int, quick: bool, dtype
             for case, times in vllm_results(reps, quick, dtype).items():
                 results[case][f"vllm {dtype}"] = times
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            errors[dtype] = f"{error.stderr!s}\n{error}"[-2000:]
-            console.print(f"[red]vllm {dtype} did not run[/red]: {errors[dtype].strip().splitlines()[-1]}")
+            console.print(f"[red]vllm {dtype} did not run[/red]: {error}\n{str(error.stderr)[-2000:]}")
+            errors[dtype] = _short(error)
     return errors
+
+
+def _short(error: subprocess.CalledProcessError | subprocess.TimeoutExpired) -> str:
+    """For the raw results: what happened, without this machine's paths."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"no result within {error.timeout:g} s"
+    return f"ended with {error.returncode}"
 
 
 def show(results: dict[str, dict[str, Times]], limits: dict[str, float]) -> None:

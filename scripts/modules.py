@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (
     "benchmarks", "cli", "cluster", "conductor", "core", "coupled_worker", "decode_worker", "engine", "halfmoon",
-    "kv_store", "node", "prefill_worker", "scripts", "service",
+    "kv_store", "node", "prefill_worker", "report", "scripts", "service", "simulator", "workload",
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ class ConductorConfig:
     refusals_max: int = 16
     """Refusals by prefill workers before a request is given up: they cost a round trip, no compute."""
     decode_tries_max: int = 8
-    """Decode workers asked for room during one attempt."""
+    """Decode workers asked for room in a row; after that an attempt waits until some worker has room again."""
     retry_s: float = 0.1
     """Pause before asking again when every candidate has refused."""
 
@@ -35,6 +35,8 @@ class ConductorConfig:
     """For the front end's log after an attempt was lost."""
     reserve_wait_s: float = 10.0
     """For a decode worker's Reserved or Refused."""
+    seek_wait_s: float = 10.0
+    """For decode room, once the prefill has begun: it holds blocks that other prompts wait for."""
     phase_wait_s: float = 60.0
     """For prefill or for joining the decode batch, beyond `phase_factor` times what was predicted."""
     phase_factor: float = 10.0

@@ -60,6 +60,7 @@ class Desk:
         self.decisions = Decisions(config.records_max, config.record_candidates_max)
         self.requests: dict[RequestId, Request] = {}
         self.closing: dict[tuple[AttemptId, NodeId, Epoch], float] = {}
+        self.seekers: dict[RequestId, None] = {}  # placed, but no decode worker had room: who has waited longest first
         self.counters: Counter[str] = Counter()
         self.output_tokens = RunningMean()
         self.decode_s = RunningMean()
@@ -118,6 +119,7 @@ class Desk:
     def close_attempt(self, request: Request, reason: str, now_s: float) -> None:
         """End the present attempt wherever it still runs. `request.attempt` is None afterwards."""
         attempt, request.attempt = request.attempt, None
+        self.seekers.pop(request.spec.request_id, None)
         if attempt is not None:
             for leg in attempt.legs():
                 self.cancel_leg(attempt, leg, reason, now_s)

@@ -24,7 +24,16 @@ from conductor.policy import LeastTtft, PlacementPolicy
 from conductor.progress import Progress
 from conductor.status import ConductorStatus, status_of
 from conductor.view import Worker
-from core.messages import Closed, KvEvents, LoadReport, NodeInfo, Snapshot, WorkerEvent
+from core.messages import (
+    AttemptFailed,
+    AttemptFinished,
+    Closed,
+    KvEvents,
+    LoadReport,
+    NodeInfo,
+    Snapshot,
+    WorkerEvent,
+)
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import DeadlineExceeded, Failed, Unavailable
 from halfmoon.types import Epoch, NodeId, Outcome, RequestId
@@ -200,6 +209,7 @@ class ConductorMachine:
         match event:
             case LoadReport():
                 self._membership.on_load(worker, event)
+                self._placer.offer(worker, now_s, reported=True)
             case KvEvents():
                 self._membership.on_kv_events(worker, event, now_s)
             case Snapshot():
@@ -208,6 +218,8 @@ class ConductorMachine:
                 self._progress.on_closed(worker, event)
             case _:
                 self._progress.on_event(worker, event, now_s)
+        if isinstance(event, AttemptFinished | AttemptFailed | Closed):
+            self._placer.offer(worker, now_s)
 
     # ---- time ----
 
@@ -236,7 +248,7 @@ class ConductorMachine:
             case Timer.RESERVE:
                 self._progress.on_reserve_unanswered(request, now_s)
             case Timer.SEEK:
-                self._placer.seek_decode(request, now_s)
+                desk.lose(request, f"no decode worker had room within {desk.config.seek_wait_s:g} s", now_s)
             case Timer.WIND:
                 desk.forget(request, Outcome.FINISHED, "", now_s)
 

@@ -3,6 +3,9 @@
 Both workers are commanded at once, unless decode room is short: then the prefill worker's command is withheld until
 the room is reserved. Otherwise prompts that hold prefill room until they may decode, and reservations that hold decode
 room until their prompt may be computed, wait for each other.
+
+Those who found no room wait in a line. A decode worker that lets go of blocks, or reports room, is offered to the first
+of them: one question for each piece of news, so that a full pool is not asked by everybody again and again.
 """
 
 from __future__ import annotations
@@ -15,14 +18,11 @@ from conductor.attempts import Attempt, Leg, Phase, Request, Timer, fetches_of, 
 from conductor.desk import FETCH, PULL, Desk
 from conductor.effects import Slo
 from conductor.policy import Placement, place, place_decode
-from conductor.scoring import DecodeScore, Query, fits_decode, fits_prefill
+from conductor.scoring import Query, fits_decode, fits_prefill
 from conductor.view import DecodeBook, Worker
 from core.messages import StartCommand
 from halfmoon.errors import InvalidRequest, Rejected, Unavailable
 from halfmoon.types import AttemptId, NodeId, Outcome
-
-SEEK_S_MAX = 2.0
-"""Longest pause between asking decode workers for room again."""
 
 HELD_PER_RETRY = 64
 """The more requests there are, the more seldom a held one asks again: a tick must stay short. (A worker that becomes
@@ -87,30 +87,45 @@ class Placer:
     # ---- another decode worker ----
 
     def seek_decode(self, request: Request, now_s: float) -> None:
-        """The prefill goes on; somebody else must decode. Bounded in tries, with growing pauses.
-
-        While the prefill is withheld nothing is held anywhere, and it is the phase's time that bounds the search.
-        """
+        """The prefill goes on; somebody else must decode. Who finds nobody waits in line, and asks no more."""
         desk, attempt = self._desk, request.attempt
         assert attempt is not None
         assert attempt.decode is None
-        if attempt.withheld is None and attempt.decode_tries >= desk.config.decode_tries_max:
-            desk.lose(request, f"no decode worker had room in {attempt.decode_tries} tries", now_s)
+        if request.spec.request_id in desk.seekers or attempt.decode_tries >= desk.config.decode_tries_max:
+            self._wait_in_line(request, attempt, now_s)
             return
         query = self._query(request, excluded=attempt.decode_refused)
         score = place_decode(query, desk.view, desk.index, desk.policy, desk.config, now_s)
         attempt.decode_tries += 1
         if score is None:
-            attempt.decode_refused = frozenset()
-            request.crowded = True
-            request.timers[Timer.SEEK] = now_s + self._seek_pause_s(attempt)
-            return
-        self._reserve(request, attempt, query, score, now_s)
+            self._wait_in_line(request, attempt, now_s)
+        else:
+            self._reserve(request, attempt, query, self._worker(score.node_id), now_s)
 
-    def _seek_pause_s(self, attempt: Attempt) -> float:
-        if attempt.withheld is not None:
-            return self._desk.config.retry_s * self._crowd
-        return min(SEEK_S_MAX, self._desk.config.retry_s * 2.0**attempt.decode_tries)
+    def _wait_in_line(self, request: Request, attempt: Attempt, now_s: float) -> None:
+        """Until `offer`. While the prefill is withheld nothing is held, and the phase's time bounds the wait."""
+        request.crowded = True
+        self._desk.seekers.setdefault(request.spec.request_id)
+        if attempt.withheld is None:
+            request.timers.setdefault(Timer.SEEK, now_s + self._desk.config.seek_wait_s)
+
+    def offer(self, worker: Worker, now_s: float, *, reported: bool = False) -> None:
+        """This decode worker may have room again: the first in line that it could ever hold asks, and no other.
+
+        Args:
+            reported: judge by its last report, which is news; else something was let go of since.
+        """
+        desk = self._desk
+        if not desk.seekers or worker.coupled or not worker.decodes or worker not in desk.view.ready(now_s):
+            return
+        for request in map(desk.requests.__getitem__, desk.seekers):
+            attempt, query = request.attempt, self._query(request)
+            assert attempt is not None, "a request without an attempt stands in line"
+            if attempt.decode is not None or not fits_decode(query, worker):
+                continue  # it is asking another one just now, or could never be held here
+            if not reported or worker.load.room >= query.blocks(query.num_tokens + 1):
+                self._reserve(request, attempt, query, worker, now_s)
+            return
 
     def prefill(self, request: Request, attempt: Attempt, now_s: float) -> None:
         """The decode room is there: send the prefill worker's command, if it was withheld."""
@@ -249,7 +264,10 @@ class Placer:
         if attempt.coupled:
             self._book_decode(attempt, query, worker)
         else:
-            self._reserve(request, attempt, query, decode, now_s)
+            if desk.seekers and decode.room_load > 1.0:
+                desk.seekers[request.spec.request_id] = None  # behind those who wait already
+            else:
+                self._reserve(request, attempt, query, self._worker(decode.node_id), now_s)
             missing = query.blocks(query.num_tokens) - decode.hit_blocks
             worker.book_sending(attempt.attempt_id, PULL, missing * query.block_bytes)
         self._command_prefill(request, attempt, placement, worker, now_s)
@@ -268,8 +286,8 @@ class Placer:
         else:
             self._desk.send(worker.node_id, worker.info.epoch, command)
 
-    def _reserve(self, request: Request, attempt: Attempt, query: Query, score: DecodeScore, now_s: float) -> None:
-        desk, worker = self._desk, self._worker(score.node_id)
+    def _reserve(self, request: Request, attempt: Attempt, query: Query, worker: Worker, now_s: float) -> None:
+        desk = self._desk
         attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
         attempt.reserved = False
         request.timers[Timer.RESERVE] = now_s + desk.config.reserve_wait_s

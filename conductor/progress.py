@@ -46,6 +46,8 @@ class Progress:
         match event:
             case Reserved():
                 self._on_reserved(request, attempt, leg, now_s)
+                if desk.seekers.pop(request.spec.request_id, leg) is None:  # it stood in line: the next one may ask
+                    self._placer.offer(worker, now_s)
             case Refused():
                 self._on_refused(request, attempt, leg, event, now_s)
             case PrefillDone():

@@ -234,6 +234,11 @@ class LoadReport:
     quarantined_blocks: int = 0
     invariant_checks: int = 0
 
+    @property
+    def room(self) -> int:
+        """DEVICE blocks that could be given away now."""
+        return self.free_device_blocks + self.evictable_device_blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reserved:

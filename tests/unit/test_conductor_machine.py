@@ -104,24 +104,52 @@ def test_a_decode_workers_refusal_goes_to_another_one_while_prefill_goes_on() ->
     assert play.refused("d0", "r#1") == ["d1 <- reserve r#1 40(40) from p0@e1"]
     assert play.refused("d1", "r#1") == []  # nobody is left for now
     assert play.prefilled("p0", "r#1", token=7) == []
-    assert play.wait(1.0) == ["d0 <- reserve r#1 40(40) from p0@e1"]
+    assert play.load("d0", free_device_blocks=3) == ["d0 <- reserve r#1 40(40) from p0@e1"]
     assert play.reserved("d0", "r#1") == ["d0 <- start r#1 7"]
 
 
 def test_seeking_a_decode_worker_is_bounded() -> None:
-    play = Play("p0 d0", decode_tries_max=3)
+    play = Play("p0 d0", seek_wait_s=10.0)
     play.request(spec("r"))
-    asked = 1
-    while (words := play.refused("d0", "r#1") or play.wait(3.0) or play.wait(3.0)) == [
-        "d0 <- reserve r#1 40(40) from p0@e1"
-    ]:
-        asked += 1
-    assert asked == 2  # and one try that found nobody
-    assert words == [
-        "p0 <- cancel r#1: no decode worker had room in 3 tries",
-        "resume r: no decode worker had room in 3 tries",
+    assert play.refused("d0", "r#1") == []
+    assert play.load("d0", free_device_blocks=2) == []  # 40 tokens and the next one take 3
+    assert play.load("d0", free_device_blocks=2, evictable_device_blocks=1) == ["d0 <- reserve r#1 40(40) from p0@e1"]
+    assert play.refused("d0", "r#1") == []
+    assert play.wait(10.0) == [
+        "p0 <- cancel r#1: no decode worker had room within 10 s",
+        "resume r: no decode worker had room within 10 s",
     ]
     assert play.books_empty()
+
+
+def test_room_that_is_freed_is_offered_to_those_in_line_one_after_another() -> None:
+    play = Play("p0 d0")
+    play.request(spec("a"))
+    play.reserved("d0", "a#1")
+    play.prefilled("p0", "a#1")
+    play.joined("d0", "a#1")
+    for name in ("b", "c"):
+        play.request(spec(name))
+        assert play.refused("d0", f"{name}#1") == []
+    assert play.ended("d0", "a#1") == ["d0 <- reserve b#1 40(40) from p0@e1"]
+    assert play.load("d0", free_device_blocks=9) == ["d0 <- reserve c#1 40(40) from p0@e1"]  # b has asked already
+    assert play.reserved("d0", "b#1") == []
+    assert play.refused("d0", "c#1") == []
+    play.cancel("b")
+    assert play.closed("d0", "b#1") == ["d0 <- reserve c#1 40(40) from p0@e1"]
+
+
+def test_where_the_books_are_full_a_newcomer_stands_behind_those_in_line() -> None:
+    play = Play("p0")
+    play.join("d0", num_device_blocks=4)
+    play.now_s = 200.0
+    play.request(spec("a"))
+    play.request(spec("b"))
+    assert play.refused("d0", "b#1") == []
+    assert play.request(spec("c")) == ["begin c#1"]
+    play.cancel("a")
+    assert play.closed("d0", "a#1") == ["d0 <- reserve b#1 40(40) from p0@e1"]
+    assert play.reserved("d0", "b#1") == ["p0 <- prefill b#1 40(40)", "d0 <- reserve c#1 40(40) from p0@e1"]
 
 
 def test_a_prefill_workers_refusal_goes_elsewhere_under_the_next_number() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import build
+from engine import build, prepacked
 from engine import operators as operators_module
 from engine.operators import CpuOperators, select_operators
 from engine.twins import Operators, TorchOperators
@@ -184,7 +184,8 @@ def test_operators_release_the_gil(cpp: CpuOperators) -> None:
 
 
 def test_the_choice_is_the_environments(cpp: CpuOperators, monkeypatch: pytest.MonkeyPatch) -> None:
-    for choice, name in (("", "cpp"), ("cpp", "cpp"), ("torch", "torch")):
+    best = "cpp+onednn" if prepacked.runs_here(torch.bfloat16) else "cpp"
+    for choice, name in (("", best), ("cpp", best), ("torch", "torch")):
         monkeypatch.setenv("HALFMOON_OPERATORS", choice)
         assert select_operators("cpu", torch.bfloat16).name == name
     monkeypatch.setenv("HALFMOON_OPERATORS", "fast")

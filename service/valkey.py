@@ -110,7 +110,13 @@ class EmbeddedValkey:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         with (self.directory / "valkey.log").open("wb") as log:
-            return subprocess.Popen(dies_with_parent(self._command()), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            return subprocess.Popen(
+                dies_with_parent(self._command()),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C in a terminal is for its owner, which ends it last
+            )
 
     def _command(self) -> list[str]:
         options = {

@@ -10,6 +10,7 @@ HalfmoonError
 ├── Failed                an accepted request that could not be completed in its tries
 ├── ConfigError           a setting: names the key, the value and what was expected
 ├── CheckpointError       a model directory or file that cannot be used: names what and why
+├── TraceError            a workload file that cannot be used: names file, line, field and what was expected
 ├── TransferError         blocks that did not arrive: names the transfer, the peer and the phase
 │   ├── PeerLost          the peer's process or link is gone
 │   ├── TransferTimeout   the transfer's deadline passed
@@ -120,6 +121,27 @@ class ConfigError(HalfmoonError):
 
 class CheckpointError(HalfmoonError):
     status = StatusCode.FAILED_PRECONDITION
+
+
+class TraceError(HalfmoonError):
+    """A workload file that cannot be used.
+
+    Args:
+        source: the file, as its reader was told.
+        line: counted from 1; 0: the file as a whole.
+        field: of the line; empty: the line as a whole.
+    """
+
+    status = StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, *, source: str, line: int = 0, field: str = "", value: object = None, expected: str) -> None:
+        where = source + (f", line {line}" if line else "") + (f", {field}" if field else "")
+        super().__init__(f"{where}: got {_short(value)}; expected {expected}")
+        self.source = source
+        self.line = line
+        self.field = field
+        self.value = value
+        self.expected = expected
 
 
 class TransferError(HalfmoonError):

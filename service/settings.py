@@ -54,6 +54,12 @@ def cache_directory() -> Path:
     return Path(os.environ.get("HALFMOON_CACHE") or Path.home() / ".cache" / "halfmoon").expanduser()
 
 
+def traces_directory() -> Path | None:
+    """HALFMOON_TRACES: a folder of workload traces; None: it is not set."""
+    text = os.environ.get("HALFMOON_TRACES")
+    return Path(text).expanduser() if text else None
+
+
 def operators_choice() -> str:
     """HALFMOON_OPERATORS: "" takes the best that works here; "torch" or "cpp" forces one."""
     return os.environ.get("HALFMOON_OPERATORS", "")

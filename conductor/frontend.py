@@ -114,7 +114,6 @@ class FrontEnd:
             while session.outbox:
                 session.taken_s = self.clock()
                 yield session.outbox.popleft()
-            session.taken_s = self.clock()
             if session.is_open:
                 wake.clear()
                 await wake.wait()  # bounded: `tick` ends the session at its deadline

@@ -55,7 +55,7 @@ class Session:
         self.tokenized_s = now_s
         self.deadline_at_s = deadline_at_s
         self.first_token_s: float | None = None
-        self.taken_s = now_s  # when the reader last took an event, or found none
+        self.taken_s = now_s  # since when the reader could have taken the first event in the outbox
         self.error: HalfmoonError | None = None
         self.ended_s: float | None = None
         self._decoder = decoder
@@ -72,6 +72,7 @@ class Session:
 
         An Ending says that the output is complete: by the worker's word or by a stop string.
         """
+        self._may_be_read(now_s)
         verdict, appended = self.log.offer(token, now_s)
         for accepted in appended:
             self.first_token_s = now_s if self.first_token_s is None else self.first_token_s
@@ -84,6 +85,7 @@ class Session:
     def finish(self, finished: pb.Finished, now_s: float) -> None:
         """The terminal event of a complete output. Modifies self."""
         self._end(now_s)
+        self._may_be_read(now_s)
         self.outbox.append(pb.GenerateEvent(finished=finished))
 
     def fail(self, error: HalfmoonError, now_s: float, *, drop: bool = False) -> None:
@@ -102,6 +104,11 @@ class Session:
         assert not self.is_open
         self.outbox.clear()
         self.error = error
+
+    def _may_be_read(self, now_s: float) -> None:
+        """What is appended now: a reader that found nothing until now has not been slow."""
+        if not self.outbox:
+            self.taken_s = now_s
 
     def _end(self, now_s: float) -> None:
         assert self.ended_s is None, f"{self.spec.request_id}: a second terminal event"

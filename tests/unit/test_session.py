@@ -123,3 +123,15 @@ def test_a_reader_that_is_gone_leaves_nothing() -> None:
     say(it, b"abc")
     it.fail(Cancelled("gone"), now_s=2.0, drop=True)
     assert not it.outbox
+
+
+def test_a_reader_is_slow_from_when_there_was_something_to_read_not_from_what_it_read_last() -> None:
+    it = session()
+    it.outbox.clear()  # the reader has taken `started`, and waits through half a minute of queueing
+    it.offer(token(0, 97), now_s=30.5)
+    assert it.taken_s == 30.5
+    it.offer(token(1, 98), now_s=31.5)
+    assert it.taken_s == 30.5
+    it.outbox.clear()
+    it.finish(pb.Finished(), now_s=70.0)
+    assert it.taken_s == 70.0

@@ -47,6 +47,7 @@ class _Slot:
     generation: int = 0
     name: BlockHash | None = None
     parent: BlockHash | None = None
+    index: int = 0
     holders: set[Holder] = field(default_factory=set)
     departures: int = 0  # outstanding moves that read this slot in order to empty it
 
@@ -90,6 +91,10 @@ class Ledger:
 
     def parent(self, slot: int) -> BlockHash | None:
         return self._slots[slot].parent
+
+    def index(self, slot: int) -> int:
+        """How many blocks come before the visible block in its chain."""
+        return self._slots[slot].index
 
     def holders(self, slot: int) -> frozenset[Holder]:
         return frozenset(self._slots[slot].holders)
@@ -141,15 +146,15 @@ class Ledger:
         self._settle(number)
         return number
 
-    def publish(self, slot: int, name: BlockHash, parent: BlockHash | None, now_s: float) -> None:
-        """Make a filling slot visible under `name`, which must be new here. Its holders keep it."""
+    def publish(self, slot: int, name: BlockHash, parent: BlockHash | None, index: int, now_s: float) -> None:
+        """Make a filling slot visible as block `index` of a chain, `name`, new here. Its holders keep it."""
         entry = self._slots[slot]
         assert entry.holders, f"slot {slot} is {entry.state}, not filling"
         assert entry.name is None, f"slot {slot} is {entry.state}, not filling"
         assert name not in self._index, f"{name.hex()} is visible in slot {self._index[name]}"
-        entry.name, entry.parent = name, parent
+        entry.name, entry.parent, entry.index = name, parent, index
         self._index[name] = slot
-        self._policy.on_used(slot, now_s)
+        self._policy.on_stored(slot, name, index, now_s)
         self._settle(slot)
 
     def drop(self, slot: int) -> BlockHash:

@@ -11,10 +11,14 @@ from kv_store.values import Move
 
 @dataclass(frozen=True, kw_only=True)
 class Cargo:
-    """What a move carries: the block's name and its parent's; no name: a private block, such as a partial tail."""
+    """What a move carries: a block's name, its parent's, and its place in the chain.
+
+    No name: a private block, such as a partial tail.
+    """
 
     name: BlockHash | None
     parent: BlockHash | None
+    index: int
 
 
 class MoveBook:

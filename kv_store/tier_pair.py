@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from halfmoon.types import AttemptId, BlockHash, Tier
 from kv_store.announcements import Announcements
+from kv_store.eviction_policies import make_policy
 from kv_store.ledger import Ledger, SlotState
 from kv_store.moves import Cargo, MoveBook
 from kv_store.values import Move
@@ -32,9 +33,9 @@ class Content:
 class TierPair:
     """Two ledgers, the moves between them, and what of their content has been announced."""
 
-    def __init__(self, num_device_slots: int, num_dram_slots: int) -> None:
-        self.device = Ledger(Tier.DEVICE, num_device_slots)
-        self.dram = Ledger(Tier.DRAM, num_dram_slots)
+    def __init__(self, num_device_slots: int, num_dram_slots: int, eviction: str) -> None:
+        self.device = Ledger(Tier.DEVICE, num_device_slots, make_policy(eviction, num_device_slots))
+        self.dram = Ledger(Tier.DRAM, num_dram_slots, make_policy(eviction, num_dram_slots))
         self.ledgers = {Tier.DEVICE: self.device, Tier.DRAM: self.dram}
         self.moves = MoveBook()
         self.news = Announcements()
@@ -87,7 +88,8 @@ class TierPair:
         """Give up the policy's victim: at once if DRAM has it or cannot take it, else by a move."""
         victim = self.device.victim()
         assert victim is not None, "ready slots were counted"
-        cargo = Cargo(name=self.device.name(victim), parent=self.device.parent(victim))
+        device = self.device
+        cargo = Cargo(name=device.name(victim), parent=device.parent(victim), index=device.index(victim))
         if self.dram.find(cargo.name) is not None or self.dram.num_available == 0:
             self._drop(self.device, victim)
         else:
@@ -156,7 +158,7 @@ class TierPair:
     def publish(self, ledger: Ledger, slot: int, cargo: Cargo, now_s: float) -> None:
         """Make a slot visible under the cargo's name, which is new in this tier, and announce it."""
         assert cargo.name is not None
-        ledger.publish(slot, cargo.name, cargo.parent, now_s)
+        ledger.publish(slot, cargo.name, cargo.parent, cargo.index, now_s)
         self.news.stored(ledger.tier, cargo.name)
 
     def _drop(self, ledger: Ledger, slot: int) -> None:

@@ -28,7 +28,7 @@ class _Table:
 
     def cargo(self, index: int) -> Cargo:
         """Block `index` as a move would carry it."""
-        return Cargo(name=self.names[index], parent=self._name_before(index))
+        return Cargo(name=self.names[index], parent=self._name_before(index), index=index)
 
     def _name_before(self, index: int) -> BlockHash | None:
         if index == 0:
@@ -52,16 +52,17 @@ class KvCache:
     Args:
         num_device_slots, num_dram_slots: 0 DRAM slots: evicted blocks are dropped, parking is impossible.
         block_size: tokens.
+        eviction: one of `kv_store.eviction_policies.POLICIES`, for both tiers.
 
     A slot is in exactly one state: free, filling, ready, pinned (ready and held), evicting, quarantined.
     Conservation: the states' counts add up to the total; a slot's pins equal its holders.
     """
 
-    def __init__(self, *, num_device_slots: int, num_dram_slots: int, block_size: int) -> None:
+    def __init__(self, *, num_device_slots: int, num_dram_slots: int, block_size: int, eviction: str = "lru") -> None:
         assert num_device_slots > 0
         assert block_size > 0
         self.block_size = block_size
-        self._tiers = TierPair(num_device_slots, num_dram_slots)
+        self._tiers = TierPair(num_device_slots, num_dram_slots, eviction)
         self._tables: dict[AttemptId, _Table] = {}
         self._parked: dict[AttemptId, _Parked] = {}
 
@@ -279,11 +280,11 @@ class KvCache:
         """The usable prefix; its DRAM copies are held, so that making room cannot drop them."""
         contents = []
         parent = None
-        for name, tier in zip(hashes, self.match(hashes), strict=False):
+        for index, (name, tier) in enumerate(zip(hashes, self.match(hashes), strict=False)):
             dram_slot = self._tiers.dram.find(name) if tier is Tier.DRAM else None
             if dram_slot is not None:
                 self._tiers.dram.hold(dram_slot, owner)
-            contents.append(Content(cargo=Cargo(name=name, parent=parent), dram_slot=dram_slot))
+            contents.append(Content(cargo=Cargo(name=name, parent=parent, index=index), dram_slot=dram_slot))
             parent = name
         return contents
 

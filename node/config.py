@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from halfmoon.errors import ConfigError
 from halfmoon.types import NodeId
+from kv_store.eviction_policies import POLICIES
 
 MIB = 1 << 20
 DEVICE = re.compile(r"cpu|cuda:\d{1,3}")
@@ -26,6 +27,7 @@ class NodeConfig:
         device: "cpu", or "cuda:N": where the engine computes and the DEVICE tier lies.
         device_blocks, device_mib: size of the DEVICE tier; blocks win; both 0: a share of what is free there.
         dram_blocks, dram_mib: the same for DRAM; dram_mib -1: no DRAM tier.
+        eviction: which cached blocks leave first: "lru", "lfu", "length_aware" or "s3fifo" (docs/glossary.md).
         threads: compute threads.
         cores: CPU cores that the process is pinned to; empty: not pinned.
         link: "auto", or the one link that may be used.
@@ -53,6 +55,7 @@ class NodeConfig:
     device_mib: int = 0
     dram_blocks: int = 0
     dram_mib: int = 0
+    eviction: str = "lru"
     threads: int = 1
     cores: tuple[int, ...] = ()
     link: str = "auto"
@@ -81,6 +84,7 @@ class NodeConfig:
         self._require(0 < len(self.node_id) <= 64, "node_id", "1 to 64 characters")
         self._require(0.01 <= self.report_interval_s <= 10.0, "report_interval_s", "seconds in [0.01, 10]")
         self._require(0.3 <= self.registry_ttl_s <= 60.0, "registry_ttl_s", "seconds in [0.3, 60]")
+        self._require(self.eviction in POLICIES, "eviction", f"one of {', '.join(POLICIES)}")
         levels = ("debug", "info", "warning", "error")
         self._require(self.log_level in levels, "log_level", f"one of {', '.join(levels)}")
         everywhere = self.listen.startswith(("0.0.0.0:", "[::]:"))

@@ -106,5 +106,6 @@ def _pools(config: NodeConfig, device: Arena, dram: Arena | None) -> Pools:
         num_device_slots=device.num_slots,
         num_dram_slots=0 if dram is None else dram.num_slots,
         block_size=config.block_size,
+        eviction=config.eviction,
     )
     return Pools(cache=cache, arenas=arenas)

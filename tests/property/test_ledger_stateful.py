@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from core.messages import BlockCopy
 from halfmoon.types import AttemptId, BlockHash, RequestId, Tier
+from kv_store.eviction_policies import POLICIES
 from kv_store.tiers import KvCache
 from kv_store.values import Move, Opened, Place
 
@@ -46,9 +47,13 @@ class TwinSequence:
 
 
 class TiersAgainstBytes(RuleBasedStateMachine):
-    @initialize(num_device=st.integers(4, 9), num_dram=st.sampled_from([ROOMY_DRAM, 0, 3, 6, ROOMY_DRAM]))
-    def start(self, num_device: int, num_dram: int) -> None:
-        self.cache = KvCache(num_device_slots=num_device, num_dram_slots=num_dram, block_size=16)
+    @initialize(
+        num_device=st.integers(4, 9),
+        num_dram=st.sampled_from([ROOMY_DRAM, 0, 3, 6, ROOMY_DRAM]),
+        eviction=st.sampled_from(list(POLICIES)),
+    )
+    def start(self, num_device: int, num_dram: int, eviction: str) -> None:
+        self.cache = KvCache(num_device_slots=num_device, num_dram_slots=num_dram, block_size=16, eviction=eviction)
         self.num = {Tier.DEVICE: num_device, Tier.DRAM: num_dram}
         self.bytes: dict[tuple[Tier, int], bytes] = {}
         self.sequences: dict[AttemptId, TwinSequence] = {}
@@ -320,7 +325,7 @@ def test_long_walks(num_dram: int) -> None:
     for seed in range(WALKS):
         luck = random.Random(seed)
         machine = TiersAgainstBytes()
-        machine.start(luck.randint(4, 9), num_dram)
+        machine.start(luck.randint(4, 9), num_dram, luck.choice(list(POLICIES)))
         for _ in range(STEPS_IN_A_WALK):
             one_step(machine, luck)
             machine.books_are_right()

@@ -1,0 +1,21 @@
+"""Pure: the eviction policies that a node may be told to use, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kv_store.eviction import EvictionPolicy, LengthAware, Lfu, LruTailFirst
+from kv_store.eviction_s3fifo import S3Fifo
+
+POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
+    "lru": lambda num_slots: LruTailFirst(),
+    "lfu": lambda num_slots: Lfu(),
+    "length_aware": lambda num_slots: LengthAware(),
+    "s3fifo": S3Fifo,
+}
+"""Name -> a policy for a tier of so many slots. Belady needs the future and leases a trace to be fitted to."""
+
+
+def make_policy(name: str, num_slots: int) -> EvictionPolicy:
+    """A new policy; the name is one of POLICIES (settings are checked where they are read)."""
+    return POLICIES[name](num_slots)

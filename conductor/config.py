@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import enum
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 from conductor.effects import Slo
 from core.cost import CostPrior
 from halfmoon.errors import ConfigError
+from halfmoon.types import Role
+
+
+class PlacementName(enum.StrEnum):
+    """How requests are placed: `conductor.policy` has a class for each."""
+
+    ALGORITHM1 = "algorithm1"
+    MOONCAKE = "mooncake"
+    LOCAL_PREFIX = "local_prefix"
+    LEAST_LOADED = "least_loaded"
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +73,17 @@ class ConductorConfig:
     young_attempts: int = 2
     nodes_max: int = 1024
 
+    # ---- placement ----
+    placement: PlacementName = PlacementName.ALGORITHM1
+    balancing_threshold: float = 2.0
+    """Of `mooncake` (its paper names no value): a remote prefix so many times as long as the own one is fetched."""
+    placement_seed: int = 1
+    """Of `random`."""
+    copies_share_max: float = 0.5
+    """Of a worker's pool that prefixes fetched within `copies_window_s` may fill: each of them evicts something else,
+    and one hot prefix after another would otherwise wash a pool out, and the links be busy with nothing else."""
+    copies_window_s: float = 10.0
+
     # ---- admission ----
     requests_max: int = 4096
     """Requests placed or held at once; further ones are rejected (queue_full): memory and waiting are bounded."""
@@ -68,10 +93,13 @@ class ConductorConfig:
 
     # ---- records ----
     records_max: int = 1024
-    record_candidates_max: int = 32
+    record_candidates_max: int = 8
     """Best candidates kept in a record; their number is kept always."""
 
+    # ---- costs before anything was measured ----
     prior: CostPrior = field(default_factory=CostPrior)
+    priors: Mapping[str, CostPrior] = field(default_factory=dict)
+    """By role (prefill, decode, coupled), where their hardware differs; the others have `prior`."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -80,6 +108,13 @@ class ConductorConfig:
                 raise ConfigError(key=f"conductor.{f.name}", value=value, expected="at least 1")
             if f.type == "float" and not (math.isfinite(value) and value > 0.0):
                 raise ConfigError(key=f"conductor.{f.name}", value=value, expected="a finite number above 0")
+        for role in self.priors:
+            if role not in list(Role):
+                raise ConfigError(key=f"conductor.priors.{role}", value=role, expected=f"one of {', '.join(Role)}")
+        if self.balancing_threshold < 1.0:
+            raise ConfigError(key="conductor.balancing_threshold", value=self.balancing_threshold, expected="1 or more")
+        if self.copies_share_max > 1.0:
+            raise ConfigError(key="conductor.copies_share_max", value=self.copies_share_max, expected="at most 1")
         if self.silent_s <= self.suspect_s:
             raise ConfigError(
                 key="conductor.silent_s", value=self.silent_s, expected=f"above suspect_s={self.suspect_s}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 
 from conductor.admission import Verdict
 from conductor.effects import RequestSpec, RequestSummary
@@ -168,7 +167,6 @@ class Decisions:
 
     def choice(self, placement: Placement, number: int, cause: str, at_s: float) -> Choice:
         prefill, decode = placement.option
-        keep = self._candidates_max
         return Choice(
             number=number,
             at_s=at_s,
@@ -181,8 +179,8 @@ class Decisions:
             hit_blocks=prefill.hit_blocks,
             fetch_blocks=prefill.fetch_blocks,
             fetch_source=prefill.source or "",
-            prefill_candidates=len(placement.prefill_scores),
-            decode_candidates=len(placement.decode_scores),
-            prefill_scores=tuple(sorted(placement.prefill_scores, key=attrgetter("ttft_s", "node_id"))[:keep]),
-            decode_scores=tuple(sorted(placement.decode_scores, key=attrgetter("load", "node_id"))[:keep]),
+            prefill_candidates=placement.prefill_candidates,
+            decode_candidates=placement.decode_candidates,
+            prefill_scores=placement.prefill_scores,
+            decode_scores=placement.decode_scores,
         )

@@ -20,7 +20,7 @@ from conductor.desk import Desk, Layout
 from conductor.effects import Effect, RequestSpec, RequestSummary
 from conductor.membership import Membership
 from conductor.placing import Placer
-from conductor.policy import LeastTtft, PlacementPolicy
+from conductor.policy import PlacementPolicy, placement_policy
 from conductor.progress import Progress
 from conductor.status import ConductorStatus, status_of
 from conductor.view import Worker
@@ -44,7 +44,7 @@ class ConductorMachine:
 
     Args:
         fingerprint: of the model served; None: workers' models are not compared.
-        policy: how requests are placed.
+        policy: how requests are placed; None: as `config.placement` says.
         admission: whether they are taken on.
     """
 
@@ -60,7 +60,7 @@ class ConductorMachine:
     ) -> None:
         self.conductor_id = conductor_id
         self._now_s = 0.0
-        self._desk = Desk(config, layout, policy or LeastTtft(), admission or Admission())
+        self._desk = Desk(config, layout, policy or placement_policy(config), admission or Admission())
         self._placer = Placer(self._desk)
         self._progress = Progress(self._desk, self._placer)
         self._membership = Membership(self._desk, fingerprint, self._place_held)

@@ -19,7 +19,7 @@ from conductor.desk import FETCH, PULL, Desk
 from conductor.effects import Slo
 from conductor.policy import Placement, place, place_decode
 from conductor.scoring import Query, fits_decode, fits_prefill
-from conductor.view import DecodeBook, Worker
+from conductor.view import DecodeBook, SendingBook, Worker
 from core.messages import StartCommand
 from halfmoon.errors import InvalidRequest, Rejected, Unavailable
 from halfmoon.types import AttemptId, NodeId, Outcome
@@ -63,6 +63,8 @@ class Placer:
             why = f"all workers that could hold {query.num_tokens} tokens have refused or are not ready"
             self._hold(request, why, now_s, known=True)
         elif self._judge(request, placement, now_s):
+            if placement.capped:
+                desk.counters["copies_capped"] += 1
             self._dispatch(request, query, placement, now_s)
 
     def refused_by_prefill(self, request: Request, leg: Leg, reason: str, now_s: float) -> None:
@@ -269,7 +271,9 @@ class Placer:
             else:
                 self._reserve(request, attempt, query, self._worker(decode.node_id), now_s)
             missing = query.blocks(query.num_tokens) - decode.hit_blocks
-            worker.book_sending(attempt.attempt_id, PULL, missing * query.block_bytes)
+            done_s = now_s + prefill.ttft_s
+            book = SendingBook(missing * query.block_bytes, done_s - prefill.prefill_s, done_s + placement.handover_s)
+            worker.book_sending(attempt.attempt_id, PULL, book)
         self._command_prefill(request, attempt, placement, worker, now_s)
 
     def _command_prefill(
@@ -278,8 +282,10 @@ class Placer:
         source = self._worker(attempt.fetch_source) if attempt.fetch_source is not None else None
         fetches = fetches_of(placement.option, source)
         if source is not None:
-            num_bytes = placement.option.prefill.fetch_blocks * self._desk.layout.block_bytes
-            source.book_sending(attempt.attempt_id, FETCH, num_bytes)
+            score, desk = placement.option.prefill, self._desk
+            book = SendingBook(score.fetch_blocks * desk.layout.block_bytes, now_s, now_s + score.fetch_s)
+            source.book_sending(attempt.attempt_id, FETCH, book)
+            worker.book_copy(score.fetch_blocks, now_s, desk.config)
         command = prefill_command(request, attempt, fetches, now_s)
         if not attempt.coupled and (request.crowded or placement.option.decode.room_load > 1.0):
             attempt.withheld = command

@@ -1,26 +1,31 @@
 """Pure: placement: filter, score in seconds, pick. Mooncake's Algorithm 1 with the fetch decided by seconds.
 
-Selecting has no side effect; `conductor.machine` books what was picked. A policy says two things: when a remote prefix
-is fetched, and which of the scored options is taken.
+Selecting has no side effect on the view; `conductor.machine` books what was picked. A policy says two things: which
+workers a prompt may be computed by, and when a remote prefix is fetched. The rest is the same for all of them: the
+least predicted TTFT among what the policy leaves, and the decode side by load (as in the paper's comparison, FAST'25
+Fig. 5, where only the choice of the prefill worker differs).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import inf
+from typing import Protocol, TypeVar
 
-from conductor.config import ConductorConfig
+from conductor.config import ConductorConfig, PlacementName
 from conductor.prefix_index import PrefixIndex
 from conductor.scoring import (
+    DecodeBid,
     DecodeScore,
     Option,
+    PrefillBid,
     PrefillScore,
+    Pricing,
     Query,
     fits_decode,
     fits_prefill,
-    score_decode,
-    score_prefill,
     senders,
 )
 from conductor.view import ClusterView, Worker
@@ -30,62 +35,154 @@ from halfmoon.types import NodeId
 LOAD_STEP = 0.05
 """Decode loads within one step count as equal; then the worker that has to pull the fewest blocks wins."""
 
+TTFT_STEP = 0.02
+"""First tokens that come so little later (relative to the best) count as equal; then the shorter hand-over wins. Costs
+are not predicted more exactly than that."""
+
+JOINED_MAX = 4
+"""Of the best prefill workers, and of the best decode workers: so many are joined by their transfer terms."""
+
+SENDERS_MAX = 2
+"""Copies of a prefix that are priced per candidate: the longest, and a shorter one at a less busy worker."""
+
+PrefillOrder = tuple[bool, bool, float, float, NodeId]
+"""Overloaded, young, TTFT, the decode side's load, name: the least is the best."""
+
 
 class PlacementPolicy(Protocol):
-    """What differs between ways to place. Deterministic: randomness comes as a seeded random.Random of its own."""
+    """What differs between ways to place. Deterministic: the same questions in the same order get the same answers."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def senders_max(self) -> int:
+        """Remote copies of a prefix that are considered per candidate; 0: prefixes are never fetched."""
+        ...
+
+    def shortlist(self, workers: Sequence[Worker], now_s: float) -> Sequence[Worker]:
+        """Those of `workers` (able to serve the attempt, never empty) that are priced: at least one."""
+        ...
 
     def fetches(self, own_blocks: int, remote_blocks: int, fetched_s: float, recomputed_s: float) -> bool:
         """Whether `remote_blocks` of prefix are fetched (so that TTFT is `fetched_s` plus the queue) or recomputed."""
         ...
 
-    def pick_decode(self, scores: Sequence[DecodeScore]) -> DecodeScore:
-        """The decode worker for a prefill elsewhere; `scores` is never empty."""
-        ...
-
-    def pick(self, options: Sequence[Option]) -> Option:
-        """The placement; `options` is never empty."""
-        ...
-
 
 class LeastTtft:
-    """Algorithm 1: the least predicted TTFT among the options whose decode side keeps its SLO and has room.
+    """`algorithm1`: the least predicted TTFT among the options whose decode side keeps its SLO and has room.
 
-    Coupled workers compete with every prefill worker (paired with the least loaded decode worker). Ties go to the
-    lower load, then to the node's name.
+    A prefix is fetched where that is quicker than computing it. Coupled workers compete with every prefill worker
+    (paired with the least loaded decode worker).
     """
 
-    name = "least_ttft"
+    name = PlacementName.ALGORITHM1.value
+    senders_max = SENDERS_MAX
+
+    def shortlist(self, workers: Sequence[Worker], now_s: float) -> Sequence[Worker]:
+        return workers
 
     def fetches(self, own_blocks: int, remote_blocks: int, fetched_s: float, recomputed_s: float) -> bool:
         return fetched_s < recomputed_s
 
-    def pick_decode(self, scores: Sequence[DecodeScore]) -> DecodeScore:
-        return min(scores, key=_decode_order)
 
-    def pick(self, options: Sequence[Option]) -> Option:
-        return min(options, key=_option_order)
+class Mooncake(LeastTtft):
+    """`mooncake`: the paper's rule: the longest copy is fetched if over `threshold` times as long as the own one."""
+
+    name = PlacementName.MOONCAKE.value
+    senders_max = 1
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def fetches(self, own_blocks: int, remote_blocks: int, fetched_s: float, recomputed_s: float) -> bool:
+        ratio = remote_blocks / own_blocks if own_blocks else inf if remote_blocks else 1.0
+        return ratio > self.threshold
 
 
-def _decode_order(score: DecodeScore) -> tuple[bool, bool, int, int, float, NodeId]:
-    step = int(score.load / LOAD_STEP)
-    return (score.load > 1.0, score.young, step, -score.hit_blocks, score.load, score.node_id)
+class LocalPrefix(LeastTtft):
+    """`local_prefix`: the least TTFT with what each worker has itself; nothing is fetched."""
+
+    name = PlacementName.LOCAL_PREFIX.value
+    senders_max = 0
+
+    def fetches(self, own_blocks: int, remote_blocks: int, fetched_s: float, recomputed_s: float) -> bool:
+        return False
 
 
-def _option_order(option: Option) -> tuple[bool, bool, float, float, NodeId]:
-    prefill, decode = option
-    return (decode.load > 1.0, prefill.young or decode.young, prefill.ttft_s, decode.load, prefill.node_id)
+class LeastLoaded(LocalPrefix):
+    """`least_loaded`: the shortest queue in seconds, then the fewest attempts, whatever is cached where."""
+
+    name = PlacementName.LEAST_LOADED.value
+
+    def shortlist(self, workers: Sequence[Worker], now_s: float) -> Sequence[Worker]:
+        return [min(workers, key=lambda w: (w.queue_s(now_s), w.attempts, w.node_id))]
+
+
+class RoundRobin(LocalPrefix):
+    """`round_robin`: the next name after the last one, in alphabetical order."""
+
+    name = PlacementName.ROUND_ROBIN.value
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def shortlist(self, workers: Sequence[Worker], now_s: float) -> Sequence[Worker]:
+        chosen = min(workers, key=lambda w: (w.node_id <= self._last, w.node_id))
+        self._last = chosen.node_id
+        return [chosen]
+
+
+class Random(LocalPrefix):
+    """`random`: each worker with the same chance, by the digest of the seed and of how often it was asked."""
+
+    name = PlacementName.RANDOM.value
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._asked = 0
+
+    def shortlist(self, workers: Sequence[Worker], now_s: float) -> Sequence[Worker]:
+        self._asked += 1
+        digest = hashlib.blake2b(f"{self._seed}:{self._asked}".encode(), digest_size=8).digest()
+        in_order = sorted(workers, key=_node_id)
+        return [in_order[int.from_bytes(digest, "little") % len(in_order)]]
+
+
+def placement_policy(config: ConductorConfig) -> PlacementPolicy:
+    """A new instance of what `config.placement` names."""
+    match config.placement:
+        case PlacementName.MOONCAKE:
+            return Mooncake(config.balancing_threshold)
+        case PlacementName.LOCAL_PREFIX:
+            return LocalPrefix()
+        case PlacementName.LEAST_LOADED:
+            return LeastLoaded()
+        case PlacementName.ROUND_ROBIN:
+            return RoundRobin()
+        case PlacementName.RANDOM:
+            return Random(config.placement_seed)
+        case PlacementName.ALGORITHM1:
+            return LeastTtft()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """What was picked, and every candidate's scores."""
+    """What was picked, and the best candidates' scores, best first, the picked ones always among them.
+
+    Args:
+        prefill_candidates, decode_candidates: how many there were.
+        handover_s: what the pull is predicted to take beyond the first token; 0 on a coupled worker.
+        capped: a worker would have promised an earlier first token, had it been allowed one more copy of a prefix.
+    """
 
     option: Option
     prefill_scores: tuple[PrefillScore, ...]
     decode_scores: tuple[DecodeScore, ...]
+    prefill_candidates: int = 1
+    decode_candidates: int = 1
+    handover_s: float = 0.0
+    capped: bool = False
 
     @property
     def ttft(self) -> Estimate:
@@ -101,16 +198,32 @@ def place(
 ) -> Placement | None:
     """Pick where a request is served; None: no pair of ready workers that can hold it is left."""
     ready = view.ready(now_s)
-    candidates = [w for w in ready if w.node_id not in query.excluded]
+    candidates = [w for w in ready if w.node_id not in query.excluded] if query.excluded else ready
     matched = index.match(query.hashes)
-    decode = [
-        score_decode(query, w, matched.get(w.node_id, 0), config, now_s) for w in candidates if fits_decode(query, w)
-    ]
-    prefill = _prefill_scores(query, ready, candidates, matched, policy, config, now_s)
-    options = _options(prefill, decode, {w.node_id: w for w in candidates}, policy)
-    if not options:
+    pricing = _pricing(query, ready, matched, index, policy, config, now_s)
+    decodes = [pricing.decode(w, matched.get(w.node_id, 0)) for w in candidates if fits_decode(query, w)]
+    decodes.sort(key=_decode_order)
+    own = {bid.worker.node_id: bid for bid in decodes if bid.worker.coupled}
+    partners = _partners([bid for bid in decodes if not bid.worker.coupled] if own else decodes)
+    able = [w for w in candidates if fits_prefill(query, w) and (w.node_id in own if w.coupled else partners)]
+    if not able:
         return None
-    return Placement(option=policy.pick(options), prefill_scores=tuple(prefill), decode_scores=tuple(decode))
+    bids = [pricing.prefill(w, matched.get(w.node_id, 0)) for w in policy.shortlist(able, now_s)]
+    ranked = sorted((_prefill_order(bid, own.get(bid.worker.node_id) or partners[0]), bid) for bid in bids)
+    prefill, decode, handover_s = _joined(ranked, own, partners, pricing)
+    keep = config.record_candidates_max
+    kept = _best([bid for _, bid in ranked], prefill, keep)
+    prefill_scores = {bid.worker.node_id: pricing.prefill_score(bid) for bid in kept}
+    decode_scores = {bid.worker.node_id: pricing.decode_score(bid) for bid in _best(decodes, decode, keep)}
+    return Placement(
+        option=Option(prefill_scores[prefill.worker.node_id], decode_scores[decode.worker.node_id]),
+        prefill_scores=tuple(prefill_scores.values()),
+        decode_scores=tuple(decode_scores.values()),
+        prefill_candidates=len(bids),
+        decode_candidates=len(decodes),
+        handover_s=handover_s,
+        capped=any(bid.uncapped_s < prefill.ttft_s for bid in bids),
+    )
 
 
 def place_decode(
@@ -118,43 +231,80 @@ def place_decode(
 ) -> DecodeScore | None:
     """Another decode worker for an attempt whose prefill goes on; None: all that could hold it are excluded."""
     matched = index.match(query.hashes)
-    scores = [
-        score_decode(query, w, matched.get(w.node_id, 0), config, now_s)
+    pricing = _pricing(query, (), matched, index, policy, config, now_s)
+    bids = [
+        pricing.decode(w, matched.get(w.node_id, 0))
         for w in view.ready(now_s)
         if not w.coupled and w.node_id not in query.excluded and fits_decode(query, w)
     ]
-    return policy.pick_decode(scores) if scores else None
+    return pricing.decode_score(min(bids, key=_decode_order)) if bids else None
 
 
-def _prefill_scores(
+def _pricing(
     query: Query,
     ready: Sequence[Worker],
-    candidates: Sequence[Worker],
     matched: Mapping[NodeId, int],
+    index: PrefixIndex,
     policy: PlacementPolicy,
     config: ConductorConfig,
     now_s: float,
-) -> list[PrefillScore]:
-    holders = senders(ready, matched)
-    return [
-        score_prefill(query, w, matched.get(w.node_id, 0), holders, policy.fetches, config, now_s)
-        for w in candidates
-        if fits_prefill(query, w)
-    ]
+) -> Pricing:
+    return Pricing(
+        query=query,
+        holders=senders(ready, matched, policy.senders_max, now_s),
+        slow=index.slow_blocks(query.hashes) if matched else None,
+        fetches=policy.fetches,
+        config=config,
+        now_s=now_s,
+    )
 
 
-def _options(
-    prefill: Sequence[PrefillScore],
-    decode: Sequence[DecodeScore],
-    workers: Mapping[NodeId, Worker],
-    policy: PlacementPolicy,
-) -> list[Option]:
-    by_node = {score.node_id: score for score in decode}
-    apart = [score for score in decode if not workers[score.node_id].coupled]
-    partner = policy.pick_decode(apart) if apart else None
-    options: list[Option] = []
-    for score in prefill:
-        other = by_node.get(score.node_id) if workers[score.node_id].coupled else partner
-        if other is not None:
-            options.append(Option(score, other))
-    return options
+def _joined(
+    ranked: Sequence[tuple[PrefillOrder, PrefillBid]],
+    own: Mapping[NodeId, DecodeBid],
+    partners: Sequence[DecodeBid],
+    pricing: Pricing,
+) -> tuple[PrefillBid, DecodeBid, float]:
+    """The pair with the shortest hand-over among the best few of both sides that are as good as the best."""
+    first, best = ranked[0]
+    pairs: list[tuple[float, int, int, PrefillBid, DecodeBid]] = []
+    for rank, (order, bid) in enumerate(ranked[:JOINED_MAX]):
+        if order[:2] != first[:2] or bid.ttft_s > best.ttft_s * (1.0 + TTFT_STEP):
+            continue
+        if bid.worker.coupled:
+            pairs.append((0.0, rank, 0, bid, own[bid.worker.node_id]))
+        else:
+            pairs += [(pricing.handover_s(bid, d), rank, i, bid, d) for i, d in enumerate(partners)]
+    handover_s, _, _, prefill, decode = min(pairs)
+    return prefill, decode, handover_s
+
+
+def _partners(decodes: Sequence[DecodeBid]) -> Sequence[DecodeBid]:
+    """The best decode worker and those whose load counts as equal to its, best first. `decodes` is in order."""
+    if not decodes:
+        return ()
+    best = _decode_order(decodes[0])[:3]
+    return [bid for bid in decodes[:JOINED_MAX] if _decode_order(bid)[:3] == best]
+
+
+def _decode_order(bid: DecodeBid) -> tuple[bool, bool, int, int, float, NodeId]:
+    return (bid.load > 1.0, bid.young, int(bid.load / LOAD_STEP), -bid.hit_blocks, bid.load, bid.worker.node_id)
+
+
+def _prefill_order(bid: PrefillBid, decode: DecodeBid) -> PrefillOrder:
+    return (decode.load > 1.0, bid.young or decode.young, bid.ttft_s, decode.load, bid.worker.node_id)
+
+
+Bid = TypeVar("Bid", PrefillBid, DecodeBid)
+
+
+def _best(bids: Sequence[Bid], picked: Bid, keep: int) -> list[Bid]:
+    """The first so many, and what was picked among them."""
+    kept = list(bids[:keep])
+    if not any(bid is picked for bid in kept):
+        kept[-1] = picked
+    return kept
+
+
+def _node_id(worker: Worker) -> NodeId:
+    return worker.node_id

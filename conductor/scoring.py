@@ -1,20 +1,24 @@
-"""Pure: what each worker would cost a request, in seconds, term by term. Filters and scores; changes nothing."""
+"""Pure: what each worker would cost a request, in seconds, term by term. Filters and scores; changes nothing.
+
+A bid is what picking needs, made for every worker. A score says beside it how sure each prediction is, which is asked
+only of the candidates that a decision record keeps.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from math import inf
 from typing import NamedTuple
 
 from conductor.config import ConductorConfig
 from conductor.effects import Slo
+from conductor.prefix_index import SlowBlocks
 from conductor.view import Worker
 from core.cost import NOTHING, Estimate
 from halfmoon.types import BlockHash, NodeId
-
-SENDERS_MAX = 2
-"""Copies of a prefix that are priced per candidate: the longest, and a shorter one at a less busy worker."""
 
 FetchRule = Callable[[int, int, float, float], bool]
 """(own blocks, remote blocks, seconds if fetched, seconds if recomputed) -> fetch?"""
@@ -59,10 +63,12 @@ class Query:
 
 
 class PrefillScore(NamedTuple):
-    """Predicted time to first token on one worker: `ttft_s` = queue + fetch + prefill + mixing (seconds).
+    """Predicted time to first token on one worker: `ttft_s` = queue + fetch + read + prefill + mixing (seconds).
 
-    `mixing_s`: decode steps that share this prefill's passes on a coupled worker. `in_range`: whether every term was
-    inside what the cost models have seen. `young`: capped by slow start.
+    `mixing_s`: decode steps that share this prefill's passes on a coupled worker. `read_s`: moving its own hits into
+    DEVICE from slower tiers; a sender's reads are part of `fetch_s`. `in_range`: whether every term was inside what
+    the cost models have seen. `young`: capped by slow start. `capped`: it may not take in more copies of prefixes for
+    now, and would be quicker if it might.
     """
 
     node_id: NodeId
@@ -76,6 +82,8 @@ class PrefillScore(NamedTuple):
     source: NodeId | None
     in_range: bool
     young: bool
+    read_s: float = 0.0
+    capped: bool = False
 
 
 class DecodeScore(NamedTuple):
@@ -117,83 +125,199 @@ class Option(NamedTuple):
 class Sender(NamedTuple):
     worker: Worker
     blocks: int
+    sending_bytes: float
 
 
-def senders(alive: Sequence[Worker], matched: Mapping[NodeId, int]) -> list[Sender]:
-    """The holders worth asking: each next one has a shorter prefix and less to send than all before it.
+class PrefillBid(NamedTuple):
+    """Seconds as in PrefillScore. `uncapped_s`: TTFT if the cap on copies did not hold; infinite where it does not."""
+
+    worker: Worker
+    ttft_s: float
+    queue_s: float
+    fetch_s: float
+    read_s: float
+    prefill_s: float
+    mixing_s: float
+    hit_blocks: int
+    sender: Sender | None
+    young: bool
+    uncapped_s: float
+
+
+class DecodeBid(NamedTuple):
+    """As in DecodeScore."""
+
+    worker: Worker
+    load: float
+    tbt_s: float
+    stall_s: float
+    tbt_load: float
+    room_load: float
+    hit_blocks: int
+    young: bool
+
+
+def senders(alive: Sequence[Worker], matched: Mapping[NodeId, int], most: int, now_s: float) -> list[Sender]:
+    """The holders worth asking, at most so many: each next one has a shorter prefix and less to send than all before.
 
     A candidate that is among them needs only those before it, for no other holds more than it does.
     """
-    holders = [Sender(w, matched[w.node_id]) for w in alive if w.node_id in matched]
-    holders.sort(key=lambda s: (-s.blocks, s.worker.sending_bytes, s.worker.node_id))
+    if not matched or most == 0:
+        return []
+    holders = sorted(((-matched[w.node_id], w.node_id, w) for w in alive if w.node_id in matched), key=_longest)
     worth: list[Sender] = []
-    for sender in holders:
-        if not worth or sender.worker.sending_bytes < worth[-1].worker.sending_bytes:
-            worth.append(sender)
-    return worth[:SENDERS_MAX]
-
-
-def score_prefill(
-    query: Query,
-    worker: Worker,
-    own_blocks: int,
-    holders: Sequence[Sender],
-    fetches: FetchRule,
-    config: ConductorConfig,
-    now_s: float,
-) -> PrefillScore:
-    """Algorithm 1's body for one worker: fetch the longer remote prefix or compute it, whichever the rule says.
-
-    The transfer is priced with everything that the sender has promised already in front of it.
-    """
-    cost, context = worker.cost, own_blocks * query.block_size
-    compute, fetch, source, fetch_blocks = cost.prefill_s(query.num_tokens - context, context), NOTHING, None, 0
-    for sender in holders:
-        if sender.blocks <= own_blocks:
+    for blocks, same in groupby(holders, key=_blocks):
+        bytes_, _, worker = min((w.sending_bytes(now_s), node_id, w) for _, node_id, w in same)
+        if not worth or bytes_ < worth[-1].sending_bytes:
+            worth.append(Sender(worker, -blocks, bytes_))
+        if bytes_ == 0.0 or len(worth) == most:
             break
-        num_bytes = (sender.blocks - own_blocks) * query.block_bytes + sender.worker.sending_bytes
-        moved = cost.transfer_s(num_bytes, sender.worker.node_id)
-        context = sender.blocks * query.block_size
-        rest = cost.prefill_s(query.num_tokens - context, context)
-        if fetches(own_blocks, sender.blocks, moved.seconds + rest.seconds, compute.seconds + fetch.seconds):
-            compute, fetch, source, fetch_blocks = rest, moved, sender.worker.node_id, sender.blocks - own_blocks
-    queue_s = worker.queue_s(now_s)
-    mixing = _mixing(query, worker, own_blocks + fetch_blocks) if worker.coupled else NOTHING
-    return PrefillScore(
-        worker.node_id,
-        queue_s + fetch.seconds + compute.seconds + mixing.seconds,
-        queue_s,
-        fetch.seconds,
-        compute.seconds,
-        mixing.seconds,
-        own_blocks,
-        fetch_blocks,
-        source,
-        fetch.in_range and compute.in_range and mixing.in_range,
-        worker.young(now_s, config),
-    )
+    return worth
 
 
-def score_decode(query: Query, worker: Worker, own_blocks: int, config: ConductorConfig, now_s: float) -> DecodeScore:
-    """The state of this worker once everything booked and this request have joined its batch."""
-    batch = worker.batch + 1
-    step = worker.cost.decode_step_s(batch, worker.kv_tokens + query.num_tokens)
-    stall = _stall(worker, now_s) if worker.coupled else NOTHING
-    tbt_s = step.seconds + stall.seconds
-    tbt_load = tbt_s / (query.slo.tbt_s or config.slo.tbt_s or tbt_s or 1.0)
-    blocks_load = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
-    room_load = max(blocks_load, batch / worker.sequences_max)
-    return DecodeScore(
-        worker.node_id,
-        max(tbt_load, room_load),
-        tbt_s,
-        stall.seconds,
-        tbt_load,
-        room_load,
-        own_blocks,
-        step.in_range and stall.in_range,
-        worker.young(now_s, config),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Pricing:
+    """What all workers' bids for one attempt have in common.
+
+    Args:
+        holders: of prefixes worth fetching, the longest first.
+        slow: where cached blocks lie that are not in DEVICE.
+        fetches: the policy's rule.
+    """
+
+    query: Query
+    holders: Sequence[Sender]
+    slow: SlowBlocks | None
+    fetches: FetchRule
+    config: ConductorConfig
+    now_s: float
+
+    def prefill(self, worker: Worker, own_blocks: int) -> PrefillBid:
+        """Algorithm 1's body for one worker: fetch the longer remote prefix or compute it, whichever the rule says.
+
+        The transfer is priced with everything that the sender has promised already in front of it.
+        """
+        query, cost, now_s = self.query, worker.cost, self.now_s
+        context = own_blocks * query.block_size
+        prefill_s = cost.prefill_seconds(query.num_tokens - context, context)
+        fetch_s, chosen, refused_s = 0.0, None, inf
+        for sender in self.holders:
+            if sender.blocks <= own_blocks:
+                break
+            context = sender.blocks * query.block_size
+            rest_s = cost.prefill_seconds(query.num_tokens - context, context)
+            moved_s = self._moved_s(worker, sender, own_blocks)
+            if self.fetches(own_blocks, sender.blocks, moved_s + rest_s, fetch_s + prefill_s):
+                if worker.may_copy(sender.blocks - own_blocks, now_s, self.config):
+                    fetch_s, prefill_s, chosen = moved_s, rest_s, sender
+                else:
+                    refused_s = min(refused_s, moved_s + rest_s)
+        queue_s = worker.queue_s(now_s)
+        read_s = self._read_s(worker, 0, own_blocks) if self.slow is not None and own_blocks else 0.0
+        mixing_s = 0.0
+        if worker.coupled:
+            mixing_s = _mixing(query, worker, own_blocks if chosen is None else chosen.blocks).seconds
+        ttft_s = queue_s + fetch_s + read_s + prefill_s + mixing_s
+        return PrefillBid(
+            worker,
+            ttft_s,
+            queue_s,
+            fetch_s,
+            read_s,
+            prefill_s,
+            mixing_s,
+            own_blocks,
+            chosen,
+            worker.young(now_s, self.config),
+            inf if refused_s >= fetch_s + prefill_s else queue_s + refused_s + read_s + mixing_s,
+        )
+
+    def _moved_s(self, worker: Worker, sender: Sender, own_blocks: int) -> float:
+        num_bytes = (sender.blocks - own_blocks) * self.query.block_bytes + sender.sending_bytes
+        moved_s = worker.cost.transfer_seconds(num_bytes, sender.worker.node_id)
+        return moved_s if self.slow is None else moved_s + self._read_s(sender.worker, own_blocks, sender.blocks)
+
+    def _read_s(self, holder: Worker, first: int, end: int) -> float:
+        assert self.slow is not None
+        lying = self.slow.of(holder.node_id, first, end)
+        return sum([holder.cost.read_s(count * self.query.block_bytes, tier) for tier, count in lying])
+
+    def decode(self, worker: Worker, own_blocks: int) -> DecodeBid:
+        """The state of this worker once everything booked and this request have joined its batch."""
+        query = self.query
+        batch = worker.batch + 1
+        step_s = worker.cost.decode_seconds(batch, worker.kv_tokens + query.num_tokens)
+        stall_s = _stall(worker, self.now_s).seconds if worker.coupled else 0.0
+        tbt_s = step_s + stall_s
+        tbt_load = tbt_s / (query.slo.tbt_s or self.config.slo.tbt_s or tbt_s or 1.0)
+        blocks_load = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
+        room_load = max(blocks_load, batch / worker.sequences_max)
+        return DecodeBid(
+            worker,
+            max(tbt_load, room_load),
+            tbt_s,
+            stall_s,
+            tbt_load,
+            room_load,
+            own_blocks,
+            worker.young(self.now_s, self.config),
+        )
+
+    def handover_s(self, prefill: PrefillBid, decode: DecodeBid) -> float:
+        """What the decode worker's pull takes beyond the first token: the transfer term that joins the two halves.
+
+        Its own bytes can move while they are computed, what is promised to others ahead of them from now on.
+        """
+        source, cost = prefill.worker, decode.worker.cost
+        num_bytes = (self.query.blocks_prefill - decode.hit_blocks) * self.query.block_bytes
+        alone_s = cost.transfer_seconds(num_bytes, source.node_id)
+        behind_s = cost.transfer_seconds(num_bytes + source.sending_bytes(self.now_s), source.node_id)
+        return max(0.0, alone_s - prefill.prefill_s, behind_s - prefill.ttft_s)
+
+    # ---- how sure a bid is ----
+
+    def prefill_score(self, bid: PrefillBid) -> PrefillScore:
+        query, worker, sender = self.query, bid.worker, bid.sender
+        cached = bid.hit_blocks if sender is None else sender.blocks
+        context = cached * query.block_size
+        in_range = worker.cost.prefill_known(query.num_tokens - context, context)
+        if sender is not None and in_range:
+            num_bytes = (sender.blocks - bid.hit_blocks) * query.block_bytes + sender.sending_bytes
+            in_range = worker.cost.transfer_known(num_bytes, sender.worker.node_id)
+        if worker.coupled and in_range:
+            in_range = _mixing(query, worker, cached).in_range
+        return PrefillScore(
+            worker.node_id,
+            bid.ttft_s,
+            bid.queue_s,
+            bid.fetch_s,
+            bid.prefill_s,
+            bid.mixing_s,
+            bid.hit_blocks,
+            cached - bid.hit_blocks,
+            None if sender is None else sender.worker.node_id,
+            in_range,
+            bid.young,
+            bid.read_s,
+            bid.uncapped_s < inf,
+        )
+
+    def decode_score(self, bid: DecodeBid) -> DecodeScore:
+        worker = bid.worker
+        in_range = worker.cost.decode_known(worker.batch + 1, worker.kv_tokens + self.query.num_tokens)
+        if worker.coupled and in_range:
+            in_range = _stall(worker, self.now_s).in_range
+        return DecodeScore(
+            worker.node_id,
+            bid.load,
+            bid.tbt_s,
+            bid.stall_s,
+            bid.tbt_load,
+            bid.room_load,
+            bid.hit_blocks,
+            in_range,
+            bid.young,
+        )
 
 
 def fits_prefill(query: Query, worker: Worker) -> bool:
@@ -202,6 +326,14 @@ def fits_prefill(query: Query, worker: Worker) -> bool:
 
 def fits_decode(query: Query, worker: Worker) -> bool:
     return worker.decodes and query.blocks_max <= worker.num_blocks
+
+
+def _longest(holder: tuple[int, NodeId, Worker]) -> tuple[int, NodeId]:
+    return holder[:2]
+
+
+def _blocks(holder: tuple[int, NodeId, Worker]) -> int:
+    return holder[0]
 
 
 def _mixing(query: Query, worker: Worker, cached_blocks: int) -> Estimate:

@@ -8,6 +8,7 @@ can be released twice.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,6 +41,21 @@ class DecodeBook(NamedTuple):
 
     tokens: int
     blocks: int
+
+
+class SendingBook(NamedTuple):
+    """Bytes promised to one receiver, believed to leave evenly between two points in time."""
+
+    num_bytes: int
+    begin_s: float
+    end_s: float
+
+    def left(self, now_s: float) -> float:
+        """Bytes of it that are in the way of others now: none before it begins, none once it should be over."""
+        if not self.begin_s <= now_s < self.end_s:
+            return 0.0
+        whole_s = self.end_s - self.begin_s
+        return self.num_bytes * (self.end_s - now_s) / whole_s if math.isfinite(whole_s) else float(self.num_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +100,11 @@ class Worker:
         self._head_since_s = now_s
         self._decode: dict[AttemptId, DecodeBook] = {}
         self._waiting: dict[AttemptId, int] = {}  # booked for decode, not in its batch yet: tokens
-        self._sending: dict[tuple[AttemptId, str], int] = {}
+        self._sending: dict[tuple[AttemptId, str], SendingBook] = {}
         self._waiting_tokens = 0
+        self._copied_blocks, self._copied_s = 0.0, now_s
         self.decode_tokens = 0
         self.decode_blocks = 0
-        self.sending_bytes = 0
 
     # ---- how it is ----
 
@@ -102,6 +118,18 @@ class Worker:
         if self.ready_s is None:
             return WorkerState.JOINING
         return WorkerState.SUSPECT if self.doubted or now_s - self.heard_s > suspect_s else WorkerState.READY
+
+    def takes_attempts(self, now_s: float, suspect_s: float) -> bool:
+        """Whether it is READY: the same as `state`, asked of every worker for every request."""
+        return not (
+            self.ready_s is None
+            or now_s - self.heard_s > suspect_s
+            or self.silent
+            or self.draining
+            or self.doubted
+            or self.load.draining
+            or self.incompatible
+        )
 
     def young(self, now_s: float, config: ConductorConfig) -> bool:
         """Whether slow start forbids one more assignment now: a new empty worker must not attract everything."""
@@ -123,7 +151,7 @@ class Worker:
             decodes=len(self._decode),
             decode_tokens=self.decode_tokens,
             decode_blocks=self.decode_blocks,
-            sending_bytes=self.sending_bytes,
+            sending_bytes=sum(book.num_bytes for book in self._sending.values()),
         )
 
     # ---- prefill queue, in seconds ----
@@ -188,17 +216,36 @@ class Worker:
 
     # ---- bytes it has to send ----
 
-    def book_sending(self, attempt_id: AttemptId, purpose: str, num_bytes: int) -> None:
+    def sending_bytes(self, now_s: float) -> float:
+        """What a transfer that is asked for now has in front of it."""
+        return sum([book.left(now_s) for book in self._sending.values()]) if self._sending else 0.0
+
+    def book_sending(self, attempt_id: AttemptId, purpose: str, book: SendingBook) -> None:
         assert (attempt_id, purpose) not in self._sending, f"{attempt_id} {purpose} is booked for sending twice"
-        self._sending[attempt_id, purpose] = num_bytes
-        self.sending_bytes += num_bytes
+        self._sending[attempt_id, purpose] = book
 
     def release_sending(self, attempt_id: AttemptId, purpose: str) -> bool:
-        num_bytes = self._sending.pop((attempt_id, purpose), None)
-        if num_bytes is None:
-            return False
-        self.sending_bytes -= num_bytes
-        return True
+        """True: it was booked, and no longer is."""
+        return self._sending.pop((attempt_id, purpose), None) is not None
+
+    # ---- copies of prefixes it takes in ----
+
+    def may_copy(self, blocks: int, now_s: float, config: ConductorConfig) -> bool:
+        """Whether it may fetch so many blocks now. What it has fetched lately is forgotten evenly over the window.
+
+        A worker that has fetched nothing lately may take one prefix of any length.
+        """
+        lately = self._lately_copied(now_s, config)
+        return lately == 0.0 or lately + blocks <= config.copies_share_max * self.num_blocks
+
+    def book_copy(self, blocks: int, now_s: float, config: ConductorConfig) -> None:
+        self._copied_blocks, self._copied_s = self._lately_copied(now_s, config) + blocks, now_s
+
+    def _lately_copied(self, now_s: float, config: ConductorConfig) -> float:
+        if self._copied_blocks == 0.0:
+            return 0.0
+        forgotten = config.copies_share_max * self.num_blocks * (now_s - self._copied_s) / config.copies_window_s
+        return max(0.0, self._copied_blocks - forgotten)
 
 
 class ClusterView:
@@ -244,7 +291,7 @@ class ClusterView:
     def ready(self, now_s: float) -> list[Worker]:
         """The workers that take new attempts, in the order of joining."""
         suspect_s = self._config.suspect_s
-        return [w for w in self._workers.values() if w.state(now_s, suspect_s) is WorkerState.READY]
+        return [w for w in self._workers.values() if w.takes_attempts(now_s, suspect_s)]
 
     def returning(self, now_s: float) -> bool:
         """Whether a pool may only be away for a moment: somebody joins, is suspect, or left a short time ago."""
@@ -277,4 +324,5 @@ class ClusterView:
     def _prior(self, role: Role) -> CostPrior:
         """What the best-measured worker of the same role has learned, else the configured prior."""
         same = [w for w in self._workers.values() if w.info.role is role and w.cost.samples > 0]
-        return max(same, key=lambda w: w.cost.samples).cost.learned() if same else self._config.prior
+        best = max(same, key=lambda w: (w.cost.samples, w.node_id), default=None)
+        return best.cost.learned() if best is not None else self._config.priors.get(role.value, self._config.prior)

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from core.fit import SAMPLES_MIN, LinearFit, Residual, Span
 from core.messages import PassSample, TransferSample
+from halfmoon.errors import ConfigError
+from halfmoon.types import Tier
 
 PREFILL_SHARE_MIN = 0.25
 """Of a mixed pass's seconds: where less is left after its decode part, the rest says nothing about prefill."""
@@ -50,15 +52,20 @@ class CostPrior:
         prefill: per pass, per new token, per attended pair.
         decode: per step, per sequence in the batch, per token of KV read.
         transfer: per transfer, per byte.
+        read_dram, read_ssd: moving cached blocks from that tier into DEVICE: per move, per byte. Not learned.
     """
 
     prefill: tuple[float, float, float] = (0.01, 8e-4, 1e-7)
     decode: tuple[float, float, float] = (0.03, 3e-3, 1e-6)
     transfer: tuple[float, float] = (2e-3, 1e-9)
+    read_dram: tuple[float, float] = (2e-4, 1e-10)
+    read_ssd: tuple[float, float] = (1e-3, 5e-10)
 
     def __post_init__(self) -> None:
-        for value in (*self.prefill, *self.decode, *self.transfer):
-            assert 0.0 < value < math.inf, f"a cost prior must be finite and above zero: {self}"
+        for f in fields(self):
+            values, wanted = getattr(self, f.name), len(f.default)  # type: ignore[arg-type]
+            if len(values) != wanted or not all(0.0 < value < math.inf for value in values):
+                raise ConfigError(key=f.name, value=values, expected=f"{wanted} finite numbers above 0")
 
 
 class _TransferFit:
@@ -70,7 +77,7 @@ class _TransferFit:
         if self.fit.observe((1.0, float(num_bytes)), seconds):
             self.span.see(num_bytes)
 
-    def confident(self, num_bytes: int) -> bool:
+    def confident(self, num_bytes: float) -> bool:
         return self.span.holds(num_bytes) and self.fit.trusted((1.0, float(num_bytes)))
 
 
@@ -97,34 +104,63 @@ class WorkerCost:
 
     def prefill_s(self, new: int, context: int) -> Estimate:
         """Computing `new` tokens after `context` earlier ones, chunked, with nothing else running."""
+        return Estimate(self.prefill_seconds(new, context), self.prefill_known(new, context))
+
+    def prefill_seconds(self, new: int, context: int) -> float:
+        """`prefill_s` alone: placement asks every worker how long, and only those that it keeps how sure."""
         if new <= 0:
-            return NOTHING
+            return 0.0
         a, b, c = self._prefill.coefficients
-        chunk = min(new, self._pass_max)
         passes = -(-new // self._pass_max)
-        seconds = a * passes + b * new + c * (new * context + 0.5 * new * new)
+        return a * passes + b * new + c * (new * context + 0.5 * new * new)
+
+    def prefill_known(self, new: int, context: int) -> bool:
+        if new <= 0:
+            return True
+        chunk = min(new, self._pass_max)
         depth = context + new - 0.5 * chunk  # of the last pass, the deepest
         in_range = self._new.holds(chunk) and self._depth.holds(depth)
-        return Estimate(seconds, in_range and self._prefill.trusted((1.0, float(chunk), chunk * depth)))
+        return in_range and self._prefill.trusted((1.0, float(chunk), chunk * depth))
 
     def decode_step_s(self, batch: int, kv_tokens: int) -> Estimate:
         """One step of `batch` sequences over `kv_tokens` tokens of KV in all."""
-        if batch <= 0:
-            return NOTHING
-        a, b, c = self._decode.coefficients
-        in_range = self._batch.holds(batch) and self._kv_tokens.holds(kv_tokens)
-        return Estimate(
-            a + b * batch + c * kv_tokens, in_range and self._decode.trusted((1.0, float(batch), float(kv_tokens)))
-        )
+        return Estimate(self.decode_seconds(batch, kv_tokens), self.decode_known(batch, kv_tokens))
 
-    def transfer_s(self, num_bytes: int, source: str = "") -> Estimate:
+    def decode_seconds(self, batch: int, kv_tokens: int) -> float:
+        if batch <= 0:
+            return 0.0
+        a, b, c = self._decode.coefficients
+        return a + b * batch + c * kv_tokens
+
+    def decode_known(self, batch: int, kv_tokens: int) -> bool:
+        if batch <= 0:
+            return True
+        in_range = self._batch.holds(batch) and self._kv_tokens.holds(kv_tokens)
+        return in_range and self._decode.trusted((1.0, float(batch), float(kv_tokens)))
+
+    def transfer_s(self, num_bytes: float, source: str = "") -> Estimate:
         """Pulling `num_bytes` into this worker; by `source`'s own model once that has seen enough."""
+        return Estimate(self.transfer_seconds(num_bytes, source), self.transfer_known(num_bytes, source))
+
+    def transfer_seconds(self, num_bytes: float, source: str = "") -> float:
         if num_bytes <= 0:
-            return NOTHING
+            return 0.0
+        a, b = self._transfer_model(source).fit.coefficients
+        return a + b * num_bytes
+
+    def transfer_known(self, num_bytes: float, source: str = "") -> bool:
+        return num_bytes <= 0 or self._transfer_model(source).confident(num_bytes)
+
+    def _transfer_model(self, source: str) -> _TransferFit:
         own = self._by_source.get(source)
-        model = own if own is not None and own.fit.samples >= SAMPLES_MIN else self._transfer
-        a, b = model.fit.coefficients
-        return Estimate(a + b * num_bytes, model.confident(num_bytes))
+        return own if own is not None and own.fit.samples >= SAMPLES_MIN else self._transfer
+
+    def read_s(self, num_bytes: int, tier: Tier) -> float:
+        """Moving cached blocks of this worker from `tier` into DEVICE. From the profile: workers do not report it."""
+        if num_bytes <= 0 or tier is Tier.DEVICE:
+            return 0.0
+        a, b = self._prior.read_dram if tier is Tier.DRAM else self._prior.read_ssd
+        return a + b * num_bytes
 
     # ---- samples ----
 
@@ -179,7 +215,8 @@ class WorkerCost:
                 (self._transfer.fit, self._prior.transfer),
             )
         )
-        return CostPrior(
+        return replace(
+            self._prior,
             prefill=(prefill[0], prefill[1], prefill[2]),
             decode=(decode[0], decode[1], decode[2]),
             transfer=(transfer[0], transfer[1]),

@@ -194,7 +194,14 @@ class LinearFit:
 
 
 def _key(features: Sequence[float]) -> tuple[int, ...]:
-    return tuple([min(EXPONENT_MAX, max(0, math.frexp(x)[1])) for x in features[1:]])
+    if len(features) == 3:  # the common case, written out: placement asks it dozens of times a request
+        return (_exponent(features[1]), _exponent(features[2]))
+    return tuple([_exponent(x) for x in features[1:]])
+
+
+def _exponent(x: float) -> int:
+    exponent = math.frexp(x)[1]
+    return 0 if exponent < 0 else min(EXPONENT_MAX, exponent)
 
 
 def non_negative(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from conductor.config import ConductorConfig
@@ -9,7 +11,7 @@ from conductor.effects import Slo
 from conductor.policy import LeastTtft, Placement, place, place_decode
 from conductor.prefix_index import PrefixIndex
 from conductor.scoring import Query
-from conductor.view import ClusterView, DecodeBook, Worker
+from conductor.view import ClusterView, DecodeBook, SendingBook, Worker
 from core.messages import BlockCopy, LoadReport
 from halfmoon.types import AttemptId, NodeId, RequestId, Tier
 from tests.conductor_kit import BLOCK_BYTES, BLOCK_SIZE, PRIOR, attempt_of, chain, info, prompt
@@ -48,7 +50,7 @@ class Scene:
         if queue_s:
             worker.book_prefill(attempt_of(f"{name}queue#1"), queue_s, NOW_S)
         if sending:
-            worker.book_sending(attempt_of(f"{name}send#1"), "pull", sending)
+            worker.book_sending(attempt_of(f"{name}send#1"), "fetch", SendingBook(sending, 0.0, math.inf))
         for i in range(batch):
             book = DecodeBook(kv_tokens // batch, blocks // batch)
             worker.book_decode(AttemptId(RequestId(f"{name}batch{i}"), 1), book)

@@ -1,11 +1,14 @@
 """Shell: how fast the conductor decides: placements and KV events per second at the size it is designed for.
 
-100 workers (half prefill, half decode) that hold 1e6 blocks of shared prefixes, prompts of 188 full blocks. Beside the
-whole machine it measures the prefix walk alone, and a naive walk (one set of blocks per worker) as the peer to compare
-with. Times are CPU seconds of the one thread, so that a busy host does not count as work; `additions_ms` is what a
-million integer additions took in the same run. The raw figures go to benchmarks/results.
+100 workers (half prefill, half decode) that hold 1e6 blocks in three tiers, prompts of 188 full blocks that begin with
+one system prompt, and always `--open` requests that wait, prefill or decode. A placement is `on_request` of the whole
+machine: judged, recorded, booked, commanded. Beside it the prefix walk alone is measured, with a naive walk (one set of
+blocks per worker) and ai-dynamo-runtime's radix tree on the same blocks and prompts (`--peer`; wall time, for its work
+is done in a thread of its own). All other times are CPU seconds of the one thread, so that a busy host does not count
+as work; `additions_ms` is what a million integer additions took in the same run. The raw figures go to
+benchmarks/results.
 
-    python -m benchmarks.conductor [--blocks 1000000] [--workers 100] [--placements 2000]
+    python -m benchmarks.conductor [--blocks 1000000] [--workers 100] [--placements 5000] [--open 400] [--peer]
 """
 
 from __future__ import annotations
@@ -14,11 +17,20 @@ import argparse
 import gc
 import json
 import random
-import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.conductor_peer import (
+    PROMPT_BLOCKS,
+    SHARED_BLOCKS,
+    Population,
+    percentiles,
+    population,
+    prompts,
+    run_peer,
+)
 from benchmarks.record import save
 from conductor.config import ConductorConfig
 from conductor.desk import Layout
@@ -51,7 +63,6 @@ from halfmoon.types import (
 )
 
 BLOCK_SIZE = 64
-PROMPT_BLOCKS = 188
 FINGERPRINT = Fingerprint(
     weights="bench", num_layers=80, num_kv_heads=8, head_dim=128, rope="rope", block_size=BLOCK_SIZE
 )
@@ -62,7 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=100)
-    parser.add_argument("--placements", type=int, default=2000)
+    parser.add_argument("--placements", type=int, default=5000)
+    parser.add_argument("--open", type=int, default=400)
+    parser.add_argument("--peer", action="store_true", help="ai-dynamo-runtime too, installed in .venv-bench")
     result = run(parser.parse_args())
     print(json.dumps(result, indent=2))
     print(save("conductor", result))
@@ -70,89 +83,111 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rng = random.Random(1)
-    chains = [_chain(rng) for _ in range(arguments.blocks // PROMPT_BLOCKS)]
+    peer = run_peer(arguments.blocks, arguments.workers, arguments.placements) if arguments.peer else None
+    people = population(arguments.blocks, arguments.workers)
     infos = [_info(i) for i in range(arguments.workers)]
-    held = {info.node_id: rng.sample(range(len(chains)), k=max(1, len(chains) // 50)) for info in infos}
-    for number in range(len(chains)):  # so that every chain is somewhere
-        held[infos[number % len(infos)].node_id].append(number)
     machine = _machine()
-    seconds = _timed(lambda: _join(machine, infos, held, chains))
-    copies = sum(len(numbers) for numbers in held.values()) * PROMPT_BLOCKS
+    seconds = _timed(lambda: _join(machine, infos, people))
+    copies = sum(len(numbers) for numbers in people.held) * PROMPT_BLOCKS
     gc.collect()
     gc.freeze()
+    walks = _walks(machine, people, arguments.placements)
     return {
         "additions_ms": round(1e3 * _timed(_a_million_additions), 1),
         "workers": len(infos),
-        "blocks": len(chains) * PROMPT_BLOCKS,
+        "blocks": len(machine._desk.index),
         "copies": copies,
         "prompt_blocks": PROMPT_BLOCKS,
+        "open_requests": arguments.open,
         "snapshot_blocks_per_s": round(copies / seconds),
-        "request_whole_life": _lives(machine, chains, infos, arguments.placements, rng),
-        "prefix_walk": _walks(machine, chains, arguments.placements, rng),
-        "prefix_walk_naive": _naive_walks(held, chains, rng),
+        "request_whole_life": _lives(machine, people, infos, arguments.placements, arguments.open),
+        "prefix_walk": walks,
+        "prefix_walk_naive": _naive_walks(people),
+        "prefix_walk_peer": peer,
+        "peer_p50_over_ours": round(peer["p50_us"] / walks["p50_us"], 2) if peer else None,
         "ingest_events_per_s": _ingest(machine, infos, rng),
         "node_removal_ms": round(1e3 * _timed(lambda: machine.on_node_lost(*_who(infos[0]), "bench", 1e4)), 2),
     }
 
 
 def _lives(
-    machine: ConductorMachine, chains: list[list[BlockHash]], infos: list[NodeInfo], count: int, rng: random.Random
+    machine: ConductorMachine, people: Population, infos: list[NodeInfo], count: int, num_open: int
 ) -> dict[str, float]:
-    """on_request alone is timed as the placement; the events of its whole life go into requests_per_s."""
+    """on_request alone is timed as the placement; the events of its whole life go into requests_per_s.
+
+    The first `num_open` only fill the cluster. Each life goes on one step a placement: prefilled after half of the
+    time that it is open, gone at its end.
+    """
     epochs = {info.node_id: info.epoch for info in infos}
+    lives: deque[tuple[RequestSpec, int]] = deque()
     placing: list[float] = []
-    began_s = time.thread_time()
-    for number in range(count):
-        spec = _spec(number, chains[rng.randrange(len(chains))])
+    began_s = 0.0
+    for number, chain in enumerate(prompts(people, num_open + count)):
+        if number == num_open:
+            began_s = time.thread_time()
+        spec = _spec(number, people.chains[chain])
         now_s = 100.0 + number * 1e-3
-        placing.append(_timed(lambda spec=spec, now_s=now_s: machine.on_request(spec, now_s)))  # type: ignore[misc]
-        _live_on(machine, spec, epochs, now_s)
+        took_s = _timed(lambda spec=spec, now_s=now_s: machine.on_request(spec, now_s))  # type: ignore[misc]
+        lives.append((spec, number))
+        if number >= num_open:
+            placing.append(took_s)
+        if len(lives) > num_open // 2:
+            _prefilled(machine, lives[-num_open // 2 - 1][0], epochs, now_s)
+        if len(lives) > num_open:
+            _ended(machine, lives.popleft()[0], epochs, now_s)
     total_s = time.thread_time() - began_s
     return {
-        **_percentiles(placing),
+        **percentiles(placing),
         "placements_per_s": round(count / sum(placing)),
         "requests_per_s": round(count / total_s),
     }
 
 
-def _live_on(machine: ConductorMachine, spec: RequestSpec, epochs: dict[NodeId, Epoch], now_s: float) -> None:
+def _prefilled(machine: ConductorMachine, spec: RequestSpec, epochs: dict[NodeId, Epoch], now_s: float) -> None:
     attempt_id = AttemptId(spec.request_id, 1)
     summary = machine.summary(spec.request_id)
     prefill, decode = NodeId(summary.prefill_node), NodeId(summary.decode_node)
     done = PrefillDone(attempt_id=attempt_id, first_token_id=1, stats=STATS)
-    finished = AttemptFinished(
-        attempt_id=attempt_id, finish_reason=FinishReason.LENGTH, num_output_tokens=64, stats=STATS
-    )
     machine.on_worker_event(decode, epochs[decode], Reserved(attempt_id=attempt_id), now_s)
     machine.on_worker_event(prefill, epochs[prefill], done, now_s)
     machine.on_worker_event(decode, epochs[decode], DecodeJoined(attempt_id=attempt_id, stats=STATS), now_s)
+
+
+def _ended(machine: ConductorMachine, spec: RequestSpec, epochs: dict[NodeId, Epoch], now_s: float) -> None:
+    attempt_id = AttemptId(spec.request_id, 1)
+    decode = NodeId(machine.summary(spec.request_id).decode_node)
+    finished = AttemptFinished(
+        attempt_id=attempt_id, finish_reason=FinishReason.LENGTH, num_output_tokens=64, stats=STATS
+    )
     machine.on_worker_event(decode, epochs[decode], finished, now_s)
     machine.on_stream_finished(spec.request_id, now_s)
 
 
-def _walks(
-    machine: ConductorMachine, chains: list[list[BlockHash]], count: int, rng: random.Random
-) -> dict[str, float]:
-    index = machine._desk.index
-    picks = [chains[rng.randrange(len(chains))] for _ in range(count)]
-    return _percentiles([_timed(lambda chain=chain: index.match(chain)) for chain in picks])  # type: ignore[misc]
+def _walks(machine: ConductorMachine, people: Population, count: int) -> dict[str, float]:
+    index, seconds = machine._desk.index, []
+    for number in prompts(people, count):
+        chain = [BlockHash(block) for block in people.chains[number]]
+        began_s = time.perf_counter()
+        found = index.match(chain)
+        seconds.append(time.perf_counter() - began_s)
+        assert max(found.values()) == PROMPT_BLOCKS, "the prompt is held by somebody"
+        assert len(found) == len(people.held), "and the system prompt by everybody"
+    return percentiles(seconds)
 
 
-def _naive_walks(
-    held: dict[NodeId, list[int]], chains: list[list[BlockHash]], rng: random.Random, count: int = 200
-) -> dict[str, float]:
-    sets = {node: {block for number in numbers for block in chains[number]} for node, numbers in held.items()}
+def _naive_walks(people: Population, count: int = 200) -> dict[str, float]:
+    sets = [{block for number in numbers for block in people.chains[number]} for numbers in people.held]
 
-    def walk(chain: list[BlockHash]) -> dict[NodeId, int]:
+    def walk(chain: list[bytes]) -> dict[int, int]:
         matched = {}
-        for node, blocks in sets.items():
+        for node, blocks in enumerate(sets):
             length = next((i for i, block in enumerate(chain) if block not in blocks), len(chain))
             if length:
                 matched[node] = length
         return matched
 
-    picks = [chains[rng.randrange(len(chains))] for _ in range(count)]
-    return _percentiles([_timed(lambda chain=chain: walk(chain)) for chain in picks])  # type: ignore[misc]
+    picks = [people.chains[number] for number in prompts(people, count)]
+    return percentiles([_timed(lambda chain=chain: walk(chain)) for chain in picks])  # type: ignore[misc]
 
 
 def _ingest(machine: ConductorMachine, infos: list[NodeInfo], rng: random.Random, messages: int = 2000) -> int:
@@ -168,12 +203,14 @@ def _ingest(machine: ConductorMachine, infos: list[NodeInfo], rng: random.Random
     return round(sum(len(e.stored) + len(e.removed) for _, e in steps) / seconds)
 
 
-def _join(
-    machine: ConductorMachine, infos: list[NodeInfo], held: dict[NodeId, list[int]], chains: list[list[BlockHash]]
-) -> None:
-    for info in infos:
+def _join(machine: ConductorMachine, infos: list[NodeInfo], people: Population) -> None:
+    """Four prompts in five lie in DEVICE, the others in DRAM and on SSD; the system prompt is in DEVICE everywhere."""
+    tiers = (Tier.DEVICE,) * 16 + (Tier.DRAM,) * 3 + (Tier.SSD,)
+    for info, held in zip(infos, people.held, strict=True):
         blocks = tuple(
-            BlockCopy(block_hash=block, tier=Tier.DEVICE) for number in held[info.node_id] for block in chains[number]
+            BlockCopy(block_hash=BlockHash(block), tier=tiers[number % 20] if i >= SHARED_BLOCKS else Tier.DEVICE)
+            for number in held
+            for i, block in enumerate(people.chains[number])
         )
         snapshot = Snapshot(info=info, last_event_id=0, blocks=blocks, attempts=())
         machine.on_worker_event(*_who(info), snapshot, 0.0)
@@ -214,19 +251,15 @@ def _info(number: int) -> NodeInfo:
     )
 
 
-def _spec(number: int, chain: list[BlockHash]) -> RequestSpec:
+def _spec(number: int, chain: list[bytes]) -> RequestSpec:
     return RequestSpec(
         request_id=RequestId(f"r{number}"),
         token_ids=(1,) * (PROMPT_BLOCKS * BLOCK_SIZE + 7),
-        block_hashes=tuple(chain),
+        block_hashes=tuple(BlockHash(block) for block in chain),
         sampling=SamplingParams(max_tokens=64),
         front_end="bench",
         deadline_s=600.0,
     )
-
-
-def _chain(rng: random.Random) -> list[BlockHash]:
-    return [BlockHash(rng.randbytes(16)) for _ in range(PROMPT_BLOCKS)]
 
 
 def _who(info: NodeInfo) -> tuple[NodeId, Epoch]:
@@ -244,11 +277,6 @@ def _a_million_additions() -> int:
     for number in range(1_000_000):
         total += number
     return total
-
-
-def _percentiles(seconds: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(seconds, n=100)
-    return {"p50_us": round(1e6 * cuts[49], 1), "p99_us": round(1e6 * cuts[98], 1)}
 
 
 if __name__ == "__main__":

@@ -177,7 +177,12 @@ class Placer:
 
     def _never_fits(self, request: Request) -> InvalidRequest | None:
         """Whether no worker that is known could ever hold the request. Pools that are absent are not judged."""
-        query, workers = self._query(request), [w for w in self._desk.view if not w.incompatible]
+        query, view = self._query(request), self._desk.view
+        if any(fits_prefill(query, w) and not w.incompatible for w in view) and any(
+            fits_decode(query, w) and not w.incompatible for w in view
+        ):
+            return None  # nearly always, and after a look at two workers
+        workers = [w for w in view if not w.incompatible]
         if any(w.coupled and fits_decode(query, w) for w in workers):
             return None
         size = query.block_size

@@ -199,21 +199,27 @@ def place(
     """Pick where a request is served; None: no pair of ready workers that can hold it is left."""
     ready = view.ready(now_s)
     candidates = [w for w in ready if w.node_id not in query.excluded] if query.excluded else ready
-    matched = index.match(query.hashes)
-    pricing = _pricing(query, ready, matched, index, policy, config, now_s)
-    decodes = [pricing.decode(w, matched.get(w.node_id, 0)) for w in candidates if fits_decode(query, w)]
+    matched, slow = index.walk(query.hashes)
+    holders = senders(ready, matched, policy.senders_max, now_s)
+    pricing = Pricing(query=query, holders=holders, slow=slow, fetches=policy.fetches, config=config, now_s=now_s)
+    own_blocks = matched.get
+    decodes = [pricing.decode(w, own_blocks(w.node_id, 0)) for w in candidates if fits_decode(query, w)]
     decodes.sort(key=_decode_order)
-    own = {bid.worker.node_id: bid for bid in decodes if bid.worker.coupled}
-    partners = _partners([bid for bid in decodes if not bid.worker.coupled] if own else decodes)
-    able = [w for w in candidates if fits_prefill(query, w) and (w.node_id in own if w.coupled else partners)]
+    coupled = {bid.worker.node_id: bid for bid in decodes if bid.worker.coupled}
+    partners = _partners([bid for bid in decodes if not bid.worker.coupled] if coupled else decodes)
+    able = [w for w in candidates if fits_prefill(query, w) and (w.node_id in coupled if w.coupled else partners)]
     if not able:
         return None
-    bids = [pricing.prefill(w, matched.get(w.node_id, 0)) for w in policy.shortlist(able, now_s)]
-    ranked = sorted((_prefill_order(bid, own.get(bid.worker.node_id) or partners[0]), bid) for bid in bids)
-    prefill, decode, handover_s = _joined(ranked, own, partners, pricing)
     keep = config.record_candidates_max
-    kept = _best([bid for _, bid in ranked], prefill, keep)
-    prefill_scores = {bid.worker.node_id: pricing.prefill_score(bid) for bid in kept}
+    bids = [pricing.prefill(w, own_blocks(w.node_id, 0)) for w in policy.shortlist(able, now_s)]
+
+    def order(bid: PrefillBid) -> PrefillOrder:
+        return _prefill_order(bid, coupled[bid.worker.node_id] if bid.worker.coupled else partners[0])
+
+    bids.sort(key=order)
+    prefill, decode, handover_s = _joined([(order(bid), bid) for bid in bids[:JOINED_MAX]], coupled, partners, pricing)
+    best = order(bids[0])
+    prefill_scores = {bid.worker.node_id: pricing.prefill_score(bid) for bid in _best(bids, prefill, keep)}
     decode_scores = {bid.worker.node_id: pricing.decode_score(bid) for bid in _best(decodes, decode, keep)}
     return Placement(
         option=Option(prefill_scores[prefill.worker.node_id], decode_scores[decode.worker.node_id]),
@@ -222,7 +228,7 @@ def place(
         prefill_candidates=len(bids),
         decode_candidates=len(decodes),
         handover_s=handover_s,
-        capped=any(bid.uncapped_s < prefill.ttft_s for bid in bids),
+        capped=any((*order(bid)[:2], bid.uncapped_s) < best for bid in bids if bid.uncapped_s < inf),
     )
 
 
@@ -231,7 +237,7 @@ def place_decode(
 ) -> DecodeScore | None:
     """Another decode worker for an attempt whose prefill goes on; None: all that could hold it are excluded."""
     matched = index.match(query.hashes)
-    pricing = _pricing(query, (), matched, index, policy, config, now_s)
+    pricing = Pricing(query=query, holders=(), slow=None, fetches=policy.fetches, config=config, now_s=now_s)
     bids = [
         pricing.decode(w, matched.get(w.node_id, 0))
         for w in view.ready(now_s)
@@ -240,39 +246,20 @@ def place_decode(
     return pricing.decode_score(min(bids, key=_decode_order)) if bids else None
 
 
-def _pricing(
-    query: Query,
-    ready: Sequence[Worker],
-    matched: Mapping[NodeId, int],
-    index: PrefixIndex,
-    policy: PlacementPolicy,
-    config: ConductorConfig,
-    now_s: float,
-) -> Pricing:
-    return Pricing(
-        query=query,
-        holders=senders(ready, matched, policy.senders_max, now_s),
-        slow=index.slow_blocks(query.hashes) if matched else None,
-        fetches=policy.fetches,
-        config=config,
-        now_s=now_s,
-    )
-
-
 def _joined(
     ranked: Sequence[tuple[PrefillOrder, PrefillBid]],
-    own: Mapping[NodeId, DecodeBid],
+    coupled: Mapping[NodeId, DecodeBid],
     partners: Sequence[DecodeBid],
     pricing: Pricing,
 ) -> tuple[PrefillBid, DecodeBid, float]:
     """The pair with the shortest hand-over among the best few of both sides that are as good as the best."""
     first, best = ranked[0]
     pairs: list[tuple[float, int, int, PrefillBid, DecodeBid]] = []
-    for rank, (order, bid) in enumerate(ranked[:JOINED_MAX]):
+    for rank, (order, bid) in enumerate(ranked):
         if order[:2] != first[:2] or bid.ttft_s > best.ttft_s * (1.0 + TTFT_STEP):
             continue
         if bid.worker.coupled:
-            pairs.append((0.0, rank, 0, bid, own[bid.worker.node_id]))
+            pairs.append((0.0, rank, 0, bid, coupled[bid.worker.node_id]))
         else:
             pairs += [(pricing.handover_s(bid, d), rank, i, bid, d) for i, d in enumerate(partners)]
     handover_s, _, _, prefill, decode = min(pairs)

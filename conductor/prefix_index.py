@@ -1,8 +1,9 @@
 """Pure: which workers hold which blocks: the longest cached prefix of a prompt on every worker, in one walk.
 
-Sized for 1e6 blocks on 100 workers. A block maps to one integer with a bit per worker, so that a walk along a prompt
-is one dictionary look-up and one AND per block for all workers together; runs of blocks with the same holders (the
-common case) cost only the look-up. Each worker's own copies lie in a dictionary of their own, which gives its tiers,
+Sized for 1e6 blocks on 100 workers. A block maps to one integer with three bits per worker: whether it holds the block,
+and whether its fastest copy is in DRAM, or on SSD. So a walk along a prompt is one dictionary look-up and one AND per
+block for all workers and tiers together; runs of blocks with the same holders (the common case) cost only the look-up.
+Each worker's own copies lie in a dictionary of their own, which gives its tiers,
 its count, and its removal in time proportional to what it held.
 
 An entry may be stale: a worker that has lost a block computes it. So nothing here is ever a user's error.
@@ -21,8 +22,13 @@ from halfmoon.types import BlockHash, NodeId, Tier
 BLOCKS_PER_NODE_MAX = 4_000_000
 """Copies kept per worker, against a peer that announces without end; beyond it the node's mode is degraded."""
 
-SLOW_TIERS = (Tier.DRAM, Tier.SSD)
-DEVICE_BIT = 1 << Tier.DEVICE
+BITS = 3
+"""Per worker: of a block that it holds the lowest is set; one of the others too, if no copy is in DEVICE."""
+
+SLOW_BITS = {Tier.DRAM: 0b010, Tier.SSD: 0b100}
+ALL_SLOW = 0b110
+HELD_BITS = {0: 0, 1 << Tier.DEVICE: 0b001, 1 << Tier.DRAM: 0b011, 1 << Tier.SSD: 0b101}
+"""By the fastest tier, as the lowest bit of a worker's `copies`."""
 
 
 class IndexMode(enum.StrEnum):
@@ -35,35 +41,56 @@ class IndexMode(enum.StrEnum):
 
 @dataclass
 class _Node:
-    bit: int
+    shift: int
     last_event_id: int | None = None
     mode: IndexMode = IndexMode.REBUILDING
     copies: dict[BlockHash, int] = field(default_factory=dict)  # block -> bits of tiers
 
 
 class Run(NamedTuple):
-    """Blocks [first, end) of a prompt: the workers in `nodes` (a bit each) hold them no faster than in `tier`."""
+    """Blocks [first, end) of a prompt that the same workers hold in the same tiers (three bits each)."""
 
     first: int
     end: int
-    nodes: int
-    tier: Tier
+    holders: int
 
 
 class SlowBlocks:
     """The blocks of one prompt that some workers hold, but not in DEVICE: reading them there costs something."""
 
-    def __init__(self, runs: list[Run], bits: Mapping[NodeId, int]) -> None:
+    def __init__(self, runs: Sequence[Run], shifts: Mapping[NodeId, int]) -> None:
         self._runs = runs
-        self._bits = bits
+        self._shifts = shifts
+        self._anywhere = 0
+        for run in runs:
+            self._anywhere |= run.holders
+        self._known: dict[tuple[NodeId, int, int], tuple[tuple[Tier, int], ...]] = {}
 
-    def of(self, node_id: NodeId, first: int, end: int) -> list[tuple[Tier, int]]:
+    def of(self, node_id: NodeId, first: int, end: int) -> tuple[tuple[Tier, int], ...]:
         """How many of a worker's blocks [first, end) lie in each slower tier; tiers without any are left out."""
-        bit, counts = self._bits[node_id], dict.fromkeys(SLOW_TIERS, 0)
-        for run in self._runs:
-            if run.nodes & bit:
-                counts[run.tier] += max(0, min(end, run.end) - max(first, run.first))
-        return [(tier, count) for tier, count in counts.items() if count]
+        shift = self._shifts[node_id]
+        if not self._anywhere >> shift & ALL_SLOW:
+            return ()
+        key = (node_id, first, end)  # a sender is asked about the same blocks for most of the receivers
+        found = self._known.get(key)
+        if found is None:
+            counts = ((tier, self._count(bits << shift, first, end)) for tier, bits in SLOW_BITS.items())
+            found = self._known[key] = tuple([(tier, count) for tier, count in counts if count])
+        return found
+
+    def _count(self, mask: int, first: int, end: int) -> int:
+        inside = [(max(first, run.first), min(end, run.end)) for run in self._runs if run.holders & mask]
+        return sum([max(0, last - begin) for begin, last in inside])
+
+
+class Walk(NamedTuple):
+    """lengths: for each worker that holds the first block: how many blocks of the prefix it holds without a hole.
+
+    slow: where those lie that are not in DEVICE; None: all are. Valid until the index changes.
+    """
+
+    lengths: dict[NodeId, int]
+    slow: SlowBlocks | None
 
 
 class PrefixIndex:
@@ -72,8 +99,8 @@ class PrefixIndex:
     def __init__(self) -> None:
         self._nodes: dict[NodeId, _Node] = {}
         self._holders: dict[BlockHash, int] = {}
-        self._slow: dict[Tier, dict[BlockHash, int]] = {tier: {} for tier in SLOW_TIERS}  # whose fastest copy is there
-        self._bits: dict[NodeId, int] = {}
+        self._shifts: dict[NodeId, int] = {}
+        self._slow_mask = 0
         self._by_position: list[NodeId | None] = []
         self.events_dropped = 0
 
@@ -86,16 +113,17 @@ class PrefixIndex:
         if free == len(self._by_position):
             self._by_position.append(None)
         self._by_position[free] = node_id
-        self._nodes[node_id] = _Node(bit=1 << free)
-        self._bits[node_id] = 1 << free
+        shift = self._shifts[node_id] = BITS * free
+        self._nodes[node_id] = _Node(shift=shift)
+        self._slow_mask |= ALL_SLOW << shift
 
     def remove(self, node_id: NodeId) -> None:
         """Forget a node and all its copies, in time proportional to them. Unknown nodes are ignored."""
         node = self._nodes.pop(node_id, None)
         if node is not None:
             self._clear(node)
-            self._by_position[node.bit.bit_length() - 1] = None
-            del self._bits[node_id]
+            self._by_position[node.shift // BITS] = None
+            del self._shifts[node_id]
 
     def on_snapshot(self, node_id: NodeId, last_event_id: int, copies: Iterable[BlockCopy]) -> None:
         """Replace everything known of a node by what it says it holds as of `last_event_id`."""
@@ -139,41 +167,34 @@ class PrefixIndex:
         return len(self._holders)
 
     def match(self, hashes: Sequence[BlockHash]) -> dict[NodeId, int]:
-        """For each worker that holds the first block: how many blocks of the prefix it holds without a hole."""
-        matched: dict[NodeId, int] = {}
-        if not hashes or (alive := self._holders.get(hashes[0], 0)) == 0:
-            return matched
-        holders_of = self._holders.get
-        previous = alive
+        """The walk's lengths alone."""
+        return self.walk(hashes).lengths
+
+    def walk(self, hashes: Sequence[BlockHash]) -> Walk:
+        """The longest cached prefix on every worker, and where its slower parts lie."""
+        lengths: dict[NodeId, int] = {}
+        if not hashes or (previous := self._holders.get(hashes[0], 0)) == 0:
+            return Walk(lengths, None)
+        runs: list[Run] = []
+        alive, first, holders_of, slow = previous & ~self._slow_mask, 0, self._holders.get, self._slow_mask
         for index, block in enumerate(hashes):
             holders = holders_of(block, 0)
             if holders == previous:
                 continue
-            previous = holders
+            if previous & slow:
+                runs.append(Run(first, index, previous))
+            previous, first = holders, index
             ended = alive & ~holders
             if ended:
-                self._note(matched, ended, index)
+                self._note(lengths, ended, index)
                 alive &= holders
                 if not alive:
-                    return matched
-        self._note(matched, alive, len(hashes))
-        return matched
-
-    def slow_blocks(self, hashes: Sequence[BlockHash]) -> SlowBlocks | None:
-        """Where copies of these blocks are not in DEVICE. None: nowhere. Valid until the index changes."""
-        runs: list[Run] = []
-        for tier, slow in self._slow.items():
-            if not slow:
-                continue
-            first, nodes = 0, 0
-            for index, found in enumerate(map(slow.get, hashes)):
-                if (found or 0) != nodes:
-                    if nodes:
-                        runs.append(Run(first, index, nodes, tier))
-                    first, nodes = index, found or 0
-            if nodes:
-                runs.append(Run(first, len(hashes), nodes, tier))
-        return SlowBlocks(runs, self._bits) if runs else None
+                    break
+        else:
+            self._note(lengths, alive, len(hashes))
+            if previous & slow:
+                runs.append(Run(first, len(hashes), previous))
+        return Walk(lengths, SlowBlocks(runs, self._shifts) if runs else None)
 
     def copies(self, node_id: NodeId) -> Mapping[BlockHash, int]:
         """A worker's blocks, each with bit `1 << tier` for every tier that holds it. Read only."""
@@ -196,73 +217,58 @@ class PrefixIndex:
 
     # ---- keeping the two maps together ----
 
-    def _note(self, matched: dict[NodeId, int], bits: int, length: int) -> None:
+    def _note(self, lengths: dict[NodeId, int], bits: int, length: int) -> None:
+        owners = self._by_position
         while bits:
             lowest = bits & -bits
-            node_id = self._by_position[lowest.bit_length() - 1]
+            node_id = owners[lowest.bit_length() // BITS]
             assert node_id is not None, "a bit without an owner"
-            matched[node_id] = length
+            lengths[node_id] = length
             bits ^= lowest
 
     def _store(self, node: _Node, copies: Iterable[BlockCopy]) -> None:
-        own, holders, bit = node.copies, self._holders, node.bit
+        own = node.copies
         for copy in copies:
             block = copy.block_hash
-            bits = own.get(block, 0)
-            if bits == 0:
-                if len(own) >= BLOCKS_PER_NODE_MAX:
-                    node.mode = IndexMode.DEGRADED
-                    return
-                holders[block] = holders.get(block, 0) | bit
-            now = own[block] = bits | 1 << copy.tier
-            if now & -now != bits & -bits:
-                self._move(block, bit, bits & -bits, now & -now)
+            before = own.get(block, 0)
+            if before == 0 and len(own) >= BLOCKS_PER_NODE_MAX:
+                node.mode = IndexMode.DEGRADED
+                return
+            after = own[block] = before | 1 << copy.tier
+            if before & -before != after & -after:
+                self._move(block, node.shift, before, after)
 
     def _drop(self, node: _Node, copies: Iterable[BlockCopy]) -> None:
         own = node.copies
         for copy in copies:
             block = copy.block_hash
             before = own.get(block, 0)
-            bits = before & ~(1 << copy.tier)
-            if bits:
-                own[block] = bits
-            elif own.pop(block, None) is not None:
-                _unset(self._holders, block, node.bit)
-            if bits & -bits != before & -before:
-                self._move(block, node.bit, before & -before, bits & -bits)
-
-    def _move(self, block: BlockHash, bit: int, before: int, after: int) -> None:
-        """A worker's fastest copy of a block is in another tier now (as `1 << tier`; 0: it has none)."""
-        for tier, slow in self._slow.items():
-            if before == 1 << tier:
-                _unset(slow, block, bit)
-            elif after == 1 << tier:
-                slow[block] = slow.get(block, 0) | bit
+            after = before & ~(1 << copy.tier)
+            if after:
+                own[block] = after
+            elif before:
+                del own[block]
+            if before & -before != after & -after:
+                self._move(block, node.shift, before, after)
 
     def _clear(self, node: _Node) -> None:
         for block, bits in node.copies.items():
-            _unset(self._holders, block, node.bit)
-            if not bits & DEVICE_BIT:
-                self._move(block, node.bit, bits & -bits, 0)
+            self._move(block, node.shift, bits, 0)
         node.copies.clear()
+
+    def _move(self, block: BlockHash, shift: int, before: int, after: int) -> None:
+        """A worker's copies of a block (`1 << tier` each) were `before` and are `after`: its three bits change."""
+        change = HELD_BITS[before & -before] ^ HELD_BITS[after & -after]
+        left = self._holders.get(block, 0) ^ change << shift
+        if left:
+            self._holders[block] = left
+        else:
+            del self._holders[block]
 
     def check_invariants(self) -> None:
         """Assert that the two maps say the same. For tests and idle times: looks at everything."""
         expected: dict[BlockHash, int] = {}
-        slow: dict[Tier, dict[BlockHash, int]] = {tier: {} for tier in SLOW_TIERS}
         for node in self._nodes.values():
             for block, bits in node.copies.items():
-                expected[block] = expected.get(block, 0) | node.bit
-                tier = Tier((bits & -bits).bit_length() - 1)
-                if tier in slow:
-                    slow[tier][block] = slow[tier].get(block, 0) | node.bit
+                expected[block] = expected.get(block, 0) | HELD_BITS[bits & -bits] << node.shift
         assert expected == self._holders, "holders and copies disagree"
-        assert slow == self._slow, "slow copies and copies disagree"
-
-
-def _unset(holders: dict[BlockHash, int], block: BlockHash, bit: int) -> None:
-    left = holders[block] & ~bit
-    if left:
-        holders[block] = left
-    else:
-        del holders[block]

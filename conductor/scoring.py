@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from math import inf
 from typing import NamedTuple
 
@@ -164,13 +163,17 @@ def senders(alive: Sequence[Worker], matched: Mapping[NodeId, int], most: int, n
     """
     if not matched or most == 0:
         return []
-    holders = sorted(((-matched[w.node_id], w.node_id, w) for w in alive if w.node_id in matched), key=_longest)
+    by_length: dict[int, list[Worker]] = {}
+    for worker in alive:
+        blocks = matched.get(worker.node_id)
+        if blocks is not None:
+            by_length.setdefault(blocks, []).append(worker)
     worth: list[Sender] = []
-    for blocks, same in groupby(holders, key=_blocks):
-        bytes_, _, worker = min((w.sending_bytes(now_s), node_id, w) for _, node_id, w in same)
-        if not worth or bytes_ < worth[-1].sending_bytes:
-            worth.append(Sender(worker, -blocks, bytes_))
-        if bytes_ == 0.0 or len(worth) == most:
+    for blocks in sorted(by_length, reverse=True):
+        sending, _, worker = min([(w.sending_bytes(now_s), w.node_id, w) for w in by_length[blocks]])
+        if not worth or sending < worth[-1].sending_bytes:
+            worth.append(Sender(worker, blocks, sending))
+        if sending == 0.0 or len(worth) == most:
             break
     return worth
 
@@ -197,16 +200,20 @@ class Pricing:
 
         The transfer is priced with everything that the sender has promised already in front of it.
         """
-        query, cost, now_s = self.query, worker.cost, self.now_s
+        query, prefill_seconds, now_s = self.query, worker.cost.prefill_seconds, self.now_s
         context = own_blocks * query.block_size
-        prefill_s = cost.prefill_seconds(query.num_tokens - context, context)
+        prefill_s = prefill_seconds(query.num_tokens - context, context)
         fetch_s, chosen, refused_s = 0.0, None, inf
         for sender in self.holders:
             if sender.blocks <= own_blocks:
                 break
             context = sender.blocks * query.block_size
-            rest_s = cost.prefill_seconds(query.num_tokens - context, context)
-            moved_s = self._moved_s(worker, sender, own_blocks)
+            rest_s = prefill_seconds(query.num_tokens - context, context)
+            moved_s = worker.cost.transfer_seconds(
+                (sender.blocks - own_blocks) * query.block_bytes + sender.sending_bytes, sender.worker.node_id
+            )
+            if self.slow is not None:
+                moved_s += self._read_s(sender.worker, own_blocks, sender.blocks)
             if self.fetches(own_blocks, sender.blocks, moved_s + rest_s, fetch_s + prefill_s):
                 if worker.may_copy(sender.blocks - own_blocks, now_s, self.config):
                     fetch_s, prefill_s, chosen = moved_s, rest_s, sender
@@ -232,11 +239,6 @@ class Pricing:
             inf if refused_s >= fetch_s + prefill_s else queue_s + refused_s + read_s + mixing_s,
         )
 
-    def _moved_s(self, worker: Worker, sender: Sender, own_blocks: int) -> float:
-        num_bytes = (sender.blocks - own_blocks) * self.query.block_bytes + sender.sending_bytes
-        moved_s = worker.cost.transfer_seconds(num_bytes, sender.worker.node_id)
-        return moved_s if self.slow is None else moved_s + self._read_s(sender.worker, own_blocks, sender.blocks)
-
     def _read_s(self, holder: Worker, first: int, end: int) -> float:
         assert self.slow is not None
         lying = self.slow.of(holder.node_id, first, end)
@@ -244,24 +246,19 @@ class Pricing:
 
     def decode(self, worker: Worker, own_blocks: int) -> DecodeBid:
         """The state of this worker once everything booked and this request have joined its batch."""
-        query = self.query
-        batch = worker.batch + 1
-        step_s = worker.cost.decode_seconds(batch, worker.kv_tokens + query.num_tokens)
-        stall_s = _stall(worker, self.now_s).seconds if worker.coupled else 0.0
-        tbt_s = step_s + stall_s
+        query, batch = self.query, worker.batch + 1
+        tbt_s = worker.cost.decode_seconds(batch, worker.kv_tokens + query.num_tokens)
+        stall_s = 0.0
+        if worker.coupled:
+            stall_s = _stall(worker, self.now_s).seconds
+            tbt_s += stall_s
         tbt_load = tbt_s / (query.slo.tbt_s or self.config.slo.tbt_s or tbt_s or 1.0)
-        blocks_load = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
-        room_load = max(blocks_load, batch / worker.sequences_max)
-        return DecodeBid(
-            worker,
-            max(tbt_load, room_load),
-            tbt_s,
-            stall_s,
-            tbt_load,
-            room_load,
-            own_blocks,
-            worker.young(self.now_s, self.config),
-        )
+        room_load = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
+        if batch / worker.sequences_max > room_load:
+            room_load = batch / worker.sequences_max
+        load = max(room_load, tbt_load)
+        young = worker.young(self.now_s, self.config)
+        return DecodeBid(worker, load, tbt_s, stall_s, tbt_load, room_load, own_blocks, young)
 
     def handover_s(self, prefill: PrefillBid, decode: DecodeBid) -> float:
         """What the decode worker's pull takes beyond the first token: the transfer term that joins the two halves.
@@ -326,14 +323,6 @@ def fits_prefill(query: Query, worker: Worker) -> bool:
 
 def fits_decode(query: Query, worker: Worker) -> bool:
     return worker.decodes and query.blocks_max <= worker.num_blocks
-
-
-def _longest(holder: tuple[int, NodeId, Worker]) -> tuple[int, NodeId]:
-    return holder[:2]
-
-
-def _blocks(holder: tuple[int, NodeId, Worker]) -> int:
-    return holder[0]
 
 
 def _mixing(query: Query, worker: Worker, cached_blocks: int) -> Estimate:

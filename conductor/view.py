@@ -90,14 +90,14 @@ class Worker:
         self.ready_s: float | None = None
         self.snapshot_due_s: float | None = None
         self.recheck_s: float | None = None
-        self.load = LoadReport()
+        self._load = LoadReport()
         self.draining = False
         self.silent = False
         self.doubted = False  # a peer has lost it, and it has not spoken since
         self.incompatible = ""
         self._prefill: dict[AttemptId, float] = {}
         self._queue_s = 0.0
-        self._head_since_s = now_s
+        self._head_s, self._head_since_s = 0.0, now_s
         self._decode: dict[AttemptId, DecodeBook] = {}
         self._waiting: dict[AttemptId, int] = {}  # booked for decode, not in its batch yet: tokens
         self._sending: dict[tuple[AttemptId, str], SendingBook] = {}
@@ -105,6 +105,10 @@ class Worker:
         self._copied_blocks, self._copied_s = 0.0, now_s
         self.decode_tokens = 0
         self.decode_blocks = 0
+        self.batch = 0
+        """Sequences that decode here or will."""
+        self.kv_tokens = 0
+        """Tokens of KV that a step reads once everything booked has joined."""
 
     # ---- how it is ----
 
@@ -113,7 +117,7 @@ class Worker:
             return WorkerState.INCOMPATIBLE
         if self.silent:
             return WorkerState.SILENT
-        if self.draining or self.load.draining:
+        if self.draining or self._load.draining:
             return WorkerState.DRAINING
         if self.ready_s is None:
             return WorkerState.JOINING
@@ -127,13 +131,13 @@ class Worker:
             or self.silent
             or self.draining
             or self.doubted
-            or self.load.draining
+            or self._load.draining
             or self.incompatible
         )
 
     def young(self, now_s: float, config: ConductorConfig) -> bool:
         """Whether slow start forbids one more assignment now: a new empty worker must not attract everything."""
-        age_s = now_s - (self.ready_s if self.ready_s is not None else now_s)
+        age_s = 0.0 if self.ready_s is None else now_s - self.ready_s
         if age_s >= config.slow_start_s:
             return False
         cap: float = config.young_attempts * 2.0 ** (YOUNG_DOUBLINGS * age_s / config.slow_start_s)
@@ -161,15 +165,14 @@ class Worker:
 
         The oldest is believed to run; when it takes longer than predicted, it is believed to end now.
         """
-        if not self._prefill:
+        if self._queue_s == 0.0:
             return 0.0
-        head = next(iter(self._prefill.values()))
-        return max(0.0, self._queue_s - min(head, max(0.0, now_s - self._head_since_s)))
+        return max(0.0, self._queue_s - min(self._head_s, max(0.0, now_s - self._head_since_s)))
 
     def book_prefill(self, attempt_id: AttemptId, seconds: float, now_s: float) -> None:
         assert attempt_id not in self._prefill, f"{attempt_id} is booked for prefill twice"
         if not self._prefill:
-            self._head_since_s = now_s
+            self._head_since_s, self._head_s = now_s, seconds
         self._prefill[attempt_id] = seconds
         self._queue_s += seconds
 
@@ -178,20 +181,25 @@ class Worker:
         if self._prefill.pop(attempt_id, None) is None:
             return False
         self._queue_s = sum(self._prefill.values(), 0.0)  # summed anew: differences would leave rounding dust
-        self._head_since_s = now_s
+        self._head_since_s, self._head_s = now_s, next(iter(self._prefill.values()), 0.0)
         return True
 
     # ---- decode room ----
 
     @property
-    def batch(self) -> int:
-        """Sequences that decode here or will."""
-        return max(len(self._decode), self.load.running_sequences + len(self._waiting))
+    def load(self) -> LoadReport:
+        """Its last report."""
+        return self._load
 
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens of KV that a step reads once everything booked has joined."""
-        return max(self.decode_tokens, self.load.kv_tokens + self._waiting_tokens)
+    @load.setter
+    def load(self, load: LoadReport) -> None:
+        self._load = load
+        self._count_decode()
+
+    def _count_decode(self) -> None:
+        """What is booked and what is reported, nothing twice: kept, for placement asks for it far more often."""
+        self.batch = max(len(self._decode), self._load.running_sequences + len(self._waiting))
+        self.kv_tokens = max(self.decode_tokens, self._load.kv_tokens + self._waiting_tokens)
 
     def book_decode(self, attempt_id: AttemptId, book: DecodeBook) -> None:
         assert attempt_id not in self._decode, f"{attempt_id} is booked for decode twice"
@@ -200,19 +208,21 @@ class Worker:
         self._waiting_tokens += book.tokens
         self.decode_tokens += book.tokens
         self.decode_blocks += book.blocks
+        self._count_decode()
 
     def join_decode(self, attempt_id: AttemptId) -> None:
         """From now on its own reports count this sequence."""
         self._waiting_tokens -= self._waiting.pop(attempt_id, 0)
+        self._count_decode()
 
     def release_decode(self, attempt_id: AttemptId) -> bool:
         book = self._decode.pop(attempt_id, None)
         self._waiting_tokens -= self._waiting.pop(attempt_id, 0)
-        if book is None:
-            return False
-        self.decode_tokens -= book.tokens
-        self.decode_blocks -= book.blocks
-        return True
+        if book is not None:
+            self.decode_tokens -= book.tokens
+            self.decode_blocks -= book.blocks
+        self._count_decode()
+        return book is not None
 
     # ---- bytes it has to send ----
 
@@ -235,6 +245,8 @@ class Worker:
 
         A worker that has fetched nothing lately may take one prefix of any length.
         """
+        if self._copied_blocks == 0.0:
+            return True
         lately = self._lately_copied(now_s, config)
         return lately == 0.0 or lately + blocks <= config.copies_share_max * self.num_blocks
 

@@ -51,7 +51,14 @@ class IndexAgainstTwin(RuleBasedStateMachine):
             length = next((i for i, block in enumerate(prompt) if block not in names), len(prompt))
             if length:
                 expected[node] = length
-        assert self.index.match(prompt) == expected
+        lengths, slow = self.index.walk(prompt)
+        assert lengths == expected
+        for node, length in lengths.items():
+            fastest = [min(c.tier for c in self.twin[node] if c.block_hash == block) for block in prompt[:length]]
+            for first, end in ((0, length), (1, length), (0, length - 1)):
+                found = dict(slow.of(node, first, end)) if slow is not None else {}
+                lying = fastest[first:end]
+                assert found == {tier: lying.count(tier) for tier in (Tier.DRAM, Tier.SSD) if tier in lying}
 
     @invariant()
     def books_agree(self) -> None:

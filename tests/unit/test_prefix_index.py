@@ -43,6 +43,20 @@ def test_a_block_stays_while_any_tier_holds_it() -> None:
     assert index.match(BLOCKS) == {P0: 1}
 
 
+def test_the_walk_says_which_parts_of_a_prefix_are_not_in_device() -> None:
+    index = index_of(p0=(0, 1, 2, 3, 4), p1=(0, 1, 2))
+    moved = copies(1, 2, tier=Tier.DRAM) + copies(4, tier=Tier.SSD)
+    index.on_events(P0, KvEvents(event_id=1, stored=moved, removed=copies(1, 2, 4)))
+    lengths, slow = index.walk(BLOCKS)
+    assert lengths == {P0: 5, P1: 3}
+    assert slow is not None
+    assert slow.of(P0, 0, 5) == ((Tier.DRAM, 2), (Tier.SSD, 1))
+    assert slow.of(P0, 2, 4) == ((Tier.DRAM, 1),)
+    assert slow.of(P0, 3, 4) == slow.of(P1, 0, 3) == ()
+    index.on_events(P0, KvEvents(event_id=2, stored=copies(1, 2, 4)))  # promoted
+    assert index.walk(BLOCKS).slow is None
+
+
 def test_removed_applies_before_stored() -> None:
     index = index_of(p0=(0,))
     index.on_events(P0, KvEvents(event_id=1, stored=copies(0), removed=copies(0)))

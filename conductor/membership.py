@@ -14,6 +14,9 @@ from halfmoon.types import AttemptId, Epoch, NodeId
 RECHECK_S = 1.0
 """A leg commanded this recently may be missing from a snapshot that was already under way; it is looked for again."""
 
+COUNT_MAX = 2**40
+"""Of anything that a load report counts: a million times what any worker holds."""
+
 
 class Membership:
     """Keeps the view and the index in step with what workers say.
@@ -96,10 +99,14 @@ class Membership:
             self._ask_snapshot(worker, now_s)
 
     def on_load(self, worker: Worker, load: LoadReport) -> None:
-        """State, and measurements for the cost models.
+        """State, and measurements for the cost models, which refuse nonsense themselves.
 
-        Pulls of decode workers are no measure of a link: they wait for the prefill that makes their blocks.
+        A report with a count that cannot be is refused and counted: the last good one stands. Pulls of decode workers
+        are no measure of a link: they wait for the prefill that makes their blocks.
         """
+        if not _possible(load):
+            self._desk.counters["loads_refused"] += 1
+            return
         worker.load = load
         for sample in load.passes:
             worker.cost.observe_pass(sample)
@@ -184,3 +191,19 @@ def _needs(request: Request, attempt: Attempt, node_id: NodeId, epoch: Epoch) ->
 def _must_be_there(request: Request, attempt: Attempt, leg: Leg) -> bool:
     """A prefill worker lets go by itself after the hand-over, which only the decode worker reports."""
     return leg is attempt.decode or (request.phase is Phase.PREFILLING and attempt.withheld is None)
+
+
+def _possible(load: LoadReport) -> bool:
+    counts = (
+        load.queued_attempts,
+        load.queued_tokens,
+        load.running_sequences,
+        load.kv_tokens,
+        load.free_device_blocks,
+        load.evictable_device_blocks,
+        load.free_dram_blocks,
+        load.held_blocks,
+        load.quarantined_blocks,
+        load.invariant_checks,
+    )
+    return all(0 <= count <= COUNT_MAX for count in counts)

@@ -151,6 +151,17 @@ class PrefixIndex:
         self._store(node, events.stored)
         return gap
 
+    def restore(
+        self, node_id: NodeId, mode: IndexMode, last_event_id: int | None, copies: Mapping[BlockHash, int]
+    ) -> None:
+        """Begin to index a node with what was known of it once; `copies` as that method gives them."""
+        self.join(node_id)
+        node = self._nodes[node_id]
+        node.mode, node.last_event_id = mode, last_event_id
+        node.copies.update(copies)
+        for block, bits in node.copies.items():
+            self._move(block, node.shift, 0, bits)
+
     def mark_degraded(self, node_id: NodeId) -> None:
         self._nodes[node_id].mode = IndexMode.DEGRADED
 

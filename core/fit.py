@@ -2,6 +2,10 @@
 
 Samples fall into cells, one per power of two of each input. A cell forgets only when it is measured anew, so a thousand
 small passes neither wipe out nor blow up what one large pass has shown; a cell that contradicts fresh ones fades.
+
+When everything becomes slower or faster at once (a neighbour on the host, a throttled clock), samples of several kinds
+in a row miss their own cells' means to the same side. Then the level has changed: what was measured lately begins anew,
+and all else is multiplied by as much as the samples have missed by, but not trusted before it is measured again.
 """
 
 from __future__ import annotations
@@ -37,6 +41,21 @@ DOUBT_MAX = 0.5
 DOUBT_DECAY = 0.8
 """Of one cell's recent error: four samples that contradict the fit put its neighbourhood out of range."""
 
+LEVEL_RATIO = 1.5
+"""A sample this many times above or below its cell's mean speaks for a change of level ..."""
+
+LEVEL_SAMPLES = 12
+"""... if so many in a row do, all to the same side, as noise and hiccups do not ..."""
+
+LEVEL_CELLS = 2
+"""... and they are of so many kinds: one kind alone says nothing about the others."""
+
+LEVEL_KNOWN = 4
+"""Samples that a cell needs for its mean to be contradicted."""
+
+UNPROVEN = 0.6
+"""The doubt about a cell that was moved with the level: above DOUBT_MAX until one sample of its own agrees."""
+
 SECONDS_MIN = 1e-9
 """No pass or transfer takes less than a nanosecond; relative to less, the sums would overflow."""
 
@@ -63,12 +82,14 @@ class Residual:
     Args:
         bias: mean of (actual - predicted) / actual; above 0: predictions were too low.
         error: mean of |actual - predicted| / actual.
+        levels: how often everything was found to have become slower or faster at once.
     """
 
     samples: int
     refused: int
     bias: float
     error: float
+    levels: int = 0
 
 
 class Cell:
@@ -102,6 +123,13 @@ class Cell:
             else features
         )
 
+    def move(self, ratio: float) -> None:
+        """Everything takes `ratio` times as long, as far as is known."""
+        self.seconds *= ratio
+        self.samples = min(self.samples, LEVEL_KNOWN)
+        self.streak = 0
+        self.doubt = max(self.doubt, UNPROVEN)
+
     def weigh(self, prior: Sequence[float]) -> None:
         """Set `terms`: what this mean adds to the normal equations, matrix by row, then vector."""
         scale = 1.0 / self.seconds
@@ -126,6 +154,8 @@ class LinearFit:
         self._doubt = 0.0
         self.samples = 0
         self.refused = 0
+        self.levels = 0
+        self._strays: list[tuple[tuple[int, ...], tuple[float, ...], float, float]] = []  # key, features, s, ratio
         self._coefficients = self._prior
         self._unsolved = 0
 
@@ -151,9 +181,12 @@ class LinearFit:
         self._book_residual(cell, predicted, seconds)
         self.samples += 1
         cell.seen_at = self.samples
-        cell.learn(features, seconds)
-        cell.weigh(self._prior)
         self._unsolved += 1
+        if self._strayed(cell, key, features, seconds):
+            self._change_level()
+        else:
+            cell.learn(features, seconds)
+            cell.weigh(self._prior)
         if self.samples <= SAMPLES_MIN or self._unsolved >= SOLVE_EVERY:
             self._solve()
         return True
@@ -166,7 +199,9 @@ class LinearFit:
         return cell is None or cell.doubt <= DOUBT_MAX
 
     def residual(self) -> Residual:
-        return Residual(samples=self.samples, refused=self.refused, bias=self._bias, error=self._error)
+        return Residual(
+            samples=self.samples, refused=self.refused, bias=self._bias, error=self._error, levels=self.levels
+        )
 
     def _book_residual(self, cell: Cell, predicted: float, seconds: float) -> None:
         relative = (seconds - predicted) / seconds
@@ -177,6 +212,36 @@ class LinearFit:
         self._doubt = decay * self._doubt + (1.0 - decay) * wrong
         decay = min(DOUBT_DECAY, cell.samples / (cell.samples + 1))
         cell.doubt = decay * cell.doubt + (1.0 - decay) * wrong
+
+    def _strayed(self, cell: Cell, key: tuple[int, ...], features: tuple[float, ...], seconds: float) -> bool:
+        """Note whether this sample is far from its cell's mean. True: it completes a row that shows another level."""
+        if cell.samples < LEVEL_KNOWN:
+            return False
+        ratio = seconds / cell.seconds
+        if 1.0 / LEVEL_RATIO < ratio < LEVEL_RATIO:
+            self._strays.clear()
+            return False
+        if self._strays and (ratio > 1.0) != (self._strays[-1][3] > 1.0):
+            self._strays.clear()
+        self._strays.append((key, features, seconds, ratio))
+        del self._strays[:-LEVEL_SAMPLES]
+        return len(self._strays) == LEVEL_SAMPLES and len({stray[0] for stray in self._strays}) >= LEVEL_CELLS
+
+    def _change_level(self) -> None:
+        self.levels += 1
+        ratios = sorted(stray[3] for stray in self._strays)
+        ratio, fresh = ratios[len(ratios) // 2], {stray[0] for stray in self._strays}
+        for key, cell in self._cells.items():
+            cell.move(ratio)
+            if key in fresh:
+                cell.samples, cell.doubt = 0, 0.0
+        for key, features, seconds, _ in self._strays:
+            self._cells[key].learn(features, seconds)
+        for cell in self._cells.values():
+            cell.weigh(self._prior)
+        self._strays.clear()
+        self._doubt = 0.0
+        self._solve()
 
     def _solve(self) -> None:
         """The normal equations, in multiples of the prior, so that all is of order one."""

@@ -196,6 +196,74 @@ def test_twice_as_slow_is_followed_within_a_hundred_samples() -> None:
     assert cost.prefill_s(300, 2000).seconds == pytest.approx(2 * true_prefill_s(300, 2000), rel=0.1)
 
 
+# ---- everything becomes slower or faster at once ----
+
+
+def slowed(cost: WorkerCost, factor: float, samples: int, seed: int) -> None:
+    """Passes of all sizes, a tenth of noise, all `factor` times as slow as `taught` has shown."""
+    rng = random.Random(seed)
+    for _ in range(samples):
+        new, context, batch, kv = rng.randint(1, 512), rng.randint(0, 4000), rng.randint(1, 32), rng.randint(10, 30_000)
+        blur = factor * (1.0 + 0.1 * rng.uniform(-1, 1))
+        cost.observe_pass(prefill_pass(new, context, blur * true_prefill_s(new, context)))
+        cost.observe_pass(decode_pass(batch, kv, blur * true_decode_s(batch, kv)))
+
+
+def true_decode_s(batch: int, kv: int) -> float:
+    return 0.015 + 4e-4 * batch + 2e-7 * kv
+
+
+def known_share(cost: WorkerCost, factor: float) -> float:
+    """Of random questions: those answered within a fifth of the truth, and said to be in range."""
+    rng, good = random.Random(99), 0
+    for _ in range(100):
+        new, context, batch, kv = rng.randint(8, 512), rng.randint(0, 4000), rng.randint(1, 32), rng.randint(99, 30_000)
+        prefill, decode = cost.prefill_s(new, context), cost.decode_step_s(batch, kv)
+        good += prefill.in_range and abs(prefill.seconds / (factor * true_prefill_s(new, context)) - 1.0) < 0.2
+        good += decode.in_range and abs(decode.seconds / (factor * true_decode_s(batch, kv)) - 1.0) < 0.2
+    return good / 200
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("factor", [10.0, 3.0, 1 / 3, 0.1])
+def test_another_level_is_known_within_a_hundred_samples_and_so_is_the_way_back(factor: float, seed: int) -> None:
+    cost = taught(noise=0.1)
+    assert known_share(cost, 1.0) > 0.9
+    slowed(cost, factor, 10, seed)
+    assert known_share(cost, factor) < 0.1  # ten samples are no proof
+    slowed(cost, factor, 90, seed + 1)
+    assert known_share(cost, factor) > 0.8
+    slowed(cost, 1.0, 100, seed + 2)
+    assert known_share(cost, 1.0) > 0.8
+    assert [residual.levels for residual in cost.residuals().values()] == [2, 2, 0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_and_hiccups_are_no_other_level(seed: int) -> None:
+    rng, cost = random.Random(seed), taught()
+    for _ in range(3000):
+        new, context = rng.randint(1, 512), rng.randint(0, 4000)
+        hiccup = 30.0 if rng.random() < 0.02 else 1.0
+        seconds = hiccup * true_prefill_s(new, context) * rng.lognormvariate(0.0, 0.3)
+        cost.observe_pass(prefill_pass(new, context, seconds))
+    assert cost.residuals()["prefill"].levels == 0
+    assert cost.prefill_s(300, 2000).seconds == pytest.approx(true_prefill_s(300, 2000), rel=0.25)
+
+
+def test_what_moved_with_the_level_is_not_trusted_before_it_is_measured_again() -> None:
+    cost = taught()
+    for factor, passes in ((1, 12), (10, 12)):  # only short prompts, of two kinds, become slow
+        for i in range(passes):
+            new = 20 if i % 2 else 40
+            cost.observe_pass(prefill_pass(new, 100, factor * true_prefill_s(new, 100)))
+    assert cost.residuals()["prefill"].levels == 1
+    assert cost.prefill_s(20, 100) == (pytest.approx(10 * true_prefill_s(20, 100), rel=0.05), True)
+    assert not cost.prefill_s(500, 3000).in_range
+    for _ in range(20):
+        cost.observe_pass(prefill_pass(500, 3000, true_prefill_s(500, 3000)))
+    assert cost.prefill_s(500, 3000) == (pytest.approx(true_prefill_s(500, 3000), rel=0.1), True)
+
+
 def test_parts_of_several_prompts_in_a_pass_attend_each_to_their_own() -> None:
     rng, cost = random.Random(1), WorkerCost(PRIOR, tokens_per_pass_max=512)
     for _ in range(300):

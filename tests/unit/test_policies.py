@@ -322,3 +322,29 @@ def test_the_order_of_joining_changes_no_decision(name: str) -> None:
         policy = placement_policy(config)
         decisions.append([place(scene.query(), scene.view, scene.index, policy, config, NOW_S) for _ in range(2)])
     assert all(decision == decisions[0] for decision in decisions)
+
+
+# ---- what workers report ----
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"kv_tokens": -1},
+        {"running_sequences": -3},
+        {"kv_tokens": 2**63},
+        {"running_sequences": float("nan")},
+        {"queued_tokens": float("inf")},
+        {"free_device_blocks": -1},
+    ],
+)
+def test_a_report_that_cannot_be_is_refused_and_the_last_good_one_stands(nonsense: dict[str, object]) -> None:
+    play = Play("p0 d0 d1")
+    play.load("d0", running_sequences=3, kv_tokens=300)
+    play.load("d0", **nonsense)
+    assert play.counter("loads_refused") == 1
+    d0 = next(node for node in play.machine.status().nodes if node.info.node_id == "d0")
+    assert (d0.load.running_sequences, d0.load.kv_tokens) == (3, 300)
+    assert "reserve r#1 41(41) from p0@e1" in "\n".join(play.request(spec("r", tokens=prompt(41)))).split("d1 <- ")[1]
+    play.load("d0", running_sequences=0, kv_tokens=0)
+    assert play.counter("loads_refused") == 1

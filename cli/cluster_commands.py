@@ -18,9 +18,14 @@ from cli.tables import make_console
 from cluster.local import LocalCluster
 from cluster.plan import DTYPES, LINKS, ClusterConfig
 from cluster.process import Progress
+from conductor.config import PlacementName
 from halfmoon.errors import ConfigError
 from service.run import EXIT_HARD
 from service.settings import cache_directory, effective, gather, load, require_known
+
+PLACEMENTS = [name.value for name in PlacementName]
+IN_SECTION = {"placement": "conductor.placement"}
+"""Flags whose settings stand deeper than their names say."""
 
 OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
     click.option("--config", "file", type=click.Path(exists=True, dir_okay=False), help="YAML, section `cluster`."),
@@ -36,6 +41,8 @@ OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
     click.option("--device-mib", type=int, help="KV pool of each worker, MiB."),
     click.option("--dram-mib", type=int, help="DRAM tier of each worker, MiB; -1: none."),
     click.option("--link", type=click.Choice(LINKS), help="How blocks travel between workers."),
+    click.option("--placement", type=click.Choice(PLACEMENTS), help="How prefill workers are picked."),
+    click.option("--cost-profile", help="YAML file in which what workers cost is kept over restarts."),
     click.option("--redis", help="URL of a Redis or Valkey; left out, a private one is started."),
     click.option("--host", help="Address of the client and admin APIs."),
     click.option("--port", type=int, help="Client API."),
@@ -52,7 +59,7 @@ def cluster_options(command: click.decorators.FC) -> click.decorators.FC:
 
 def cluster_config(file: str | None, given: dict[str, object], name: str) -> ClusterConfig:
     """File, environment (HALFMOON_CLUSTER__PREFILL=2), flags: the later wins."""
-    overrides = {f"cluster.{key}": value for key, value in given.items() if value not in (None, ())}
+    overrides = {f"cluster.{IN_SECTION.get(key, key)}": v for key, v in given.items() if v not in (None, ())}
     tree = gather(file, overrides=overrides)
     require_known(tree, ("cluster",))
     section = tree.get("cluster") or {}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import PurePath
 
+from conductor.config import ConductorConfig
 from halfmoon.errors import ConfigError
 from halfmoon.types import Role
 
@@ -30,6 +32,8 @@ class ClusterConfig:
         devices: where the workers compute, "cpu" or "cuda:N", dealt out round robin, prefill workers first.
         threads: compute threads a worker; the workers' threads are pinned to cores, round robin, when `pin`.
         fake_pass_s: with model "fake": seconds that each pass takes.
+        conductor: how requests are judged and placed: the settings of its machine.
+        cost_profile: a YAML file in which what workers cost is kept over restarts; empty: nowhere.
         redis: URL of a Redis or Valkey to use; empty starts a private Valkey on a unix socket.
     """
 
@@ -50,11 +54,13 @@ class ClusterConfig:
     host: str = "127.0.0.1"
     port: int = 50051
     admin_port: int = 50052
+    cost_profile: str = ""
     redis: str = ""
     directory: str = ""
     fake_pass_s: float = 0.0
     start_s_max: float = 300.0
     drain_s: float = 30.0
+    conductor: ConductorConfig = field(default_factory=ConductorConfig)
 
     def __post_init__(self) -> None:
         _require(self.prefill >= 0, "prefill", self.prefill, "0 or more")
@@ -139,8 +145,21 @@ def conductor_spec(config: ClusterConfig, registry: str) -> ProcessSpec:
         "admin_address": f"{config.host}:{config.admin_port}",
         "registry": registry,
         "drain_s": config.drain_s,
+        "cost_profile": config.cost_profile,
     }
-    return ProcessSpec(name="conductor", module="conductor.server", settings={"server": server})
+    conductor = {f.name: _plain(getattr(config.conductor, f.name)) for f in fields(config.conductor)}
+    return ProcessSpec(name="conductor", module="conductor.server", settings={"server": server, "conductor": conductor})
+
+
+def _plain(value: object) -> object:
+    """A setting as YAML has it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.value if isinstance(value, enum.Enum) else value
 
 
 def _shared(config: ClusterConfig) -> dict[str, object]:

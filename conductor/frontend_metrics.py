@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from core.fit import Residual
+from halfmoon.types import NodeId
 from service.metrics import Metrics
 
 
@@ -28,6 +30,33 @@ class Events(Collector):
         for name, count in sorted(self._counters().items()):
             family.add_metric((name,), count)
         yield family
+
+
+class Costs(Collector):
+    """How far each worker's cost models can be relied on, read when the page is asked for.
+
+    Args:
+        residuals: by node and model; called in the page's thread. There are at most `nodes_max` nodes.
+    """
+
+    def __init__(self, residuals: Callable[[], Mapping[NodeId, Mapping[str, Residual]]]) -> None:
+        self._residuals = residuals
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        labels = ("node", "model")
+        error = GaugeMetricFamily("halfmoon_cost_error_ratio", "Mean |actual - predicted| / actual", labels=labels)
+        bias = GaugeMetricFamily("halfmoon_cost_bias_ratio", "Mean (actual - predicted) / actual", labels=labels)
+        samples = CounterMetricFamily("halfmoon_cost_samples", "Measurements learned", labels=labels)
+        refused = CounterMetricFamily("halfmoon_cost_samples_refused", "Measurements that cannot be", labels=labels)
+        levels = CounterMetricFamily("halfmoon_cost_level_changes", "Times all became slower or faster", labels=labels)
+        for node, models in sorted(self._residuals().items()):
+            for model, found in models.items():
+                error.add_metric((node, model), found.error)
+                bias.add_metric((node, model), found.bias)
+                samples.add_metric((node, model), found.samples)
+                refused.add_metric((node, model), found.refused)
+                levels.add_metric((node, model), found.levels)
+        yield from (error, bias, samples, refused, levels)
 
 
 class FrontEndMetrics:

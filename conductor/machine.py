@@ -24,6 +24,8 @@ from conductor.policy import PlacementPolicy, placement_policy
 from conductor.progress import Progress
 from conductor.status import ConductorStatus, status_of
 from conductor.view import Worker
+from core.cost import CostPrior
+from core.fit import Residual
 from core.messages import (
     AttemptFailed,
     AttemptFinished,
@@ -202,6 +204,14 @@ class ConductorMachine:
     def status(self) -> ConductorStatus:
         """As of the last call that brought a time."""
         return status_of(self._desk, self.conductor_id, self._now_s)
+
+    def learned_costs(self) -> dict[str, CostPrior]:
+        """By role, as far as anything was measured."""
+        return self._desk.view.learned()
+
+    def residuals(self) -> dict[NodeId, dict[str, Residual]]:
+        """How wrong each worker's cost models were lately. May be called from another thread."""
+        return self._desk.view.residuals()
 
     # ---- worker events ----
 

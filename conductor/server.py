@@ -27,10 +27,11 @@ from grpc_reflection.v1alpha import reflection
 
 from conductor.admin import AdminService, Facts
 from conductor.config import ConductorConfig
+from conductor.cost_profile import with_profile, write_profile
 from conductor.desk import Layout
 from conductor.driver import Driver
 from conductor.frontend import FrontEnd
-from conductor.frontend_metrics import Events, FrontEndMetrics
+from conductor.frontend_metrics import Costs, Events, FrontEndMetrics
 from conductor.inference import InferenceService, Tokenizer
 from conductor.lease import Lease
 from conductor.machine import ConductorMachine
@@ -67,11 +68,13 @@ def load_settings(path: Path | None) -> Settings:
     """Raises: ConfigError."""
     tree = settings.gather(path)
     settings.require_known(tree, ("server", "front_end", "nodes", "conductor"))
+    server = settings.load(ServerConfig, tree.get("server") or {}, path="server")
+    conductor = settings.load(ConductorConfig, tree.get("conductor") or {}, path="conductor")
     return Settings(
-        server=settings.load(ServerConfig, tree.get("server") or {}, path="server"),
+        server=server,
         front_end=settings.load(FrontEndConfig, tree.get("front_end") or {}, path="front_end"),
         nodes=settings.load(NodesConfig, tree.get("nodes") or {}, path="nodes"),
-        conductor=settings.load(ConductorConfig, tree.get("conductor") or {}, path="conductor"),
+        conductor=with_profile(conductor, Path(server.cost_profile)) if server.cost_profile else conductor,
     )
 
 
@@ -180,6 +183,7 @@ class ConductorProcess:
         admin_address = self._open(operators, server.admin_address, ADMIN)
         if server.metrics_address:
             self.metrics.registry.register(Events(self._counters))
+            self.metrics.registry.register(Costs(lambda: self.driver.machine.residuals()))
             _, self._close_metrics = self.metrics.serve(server.metrics_address)
         for opened in self._servers:
             await opened.start()
@@ -227,6 +231,9 @@ class ConductorProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.inference.close()
         self._close_metrics()
+        learned = self.driver.machine.learned_costs()
+        if self.config.server.cost_profile and learned:
+            write_profile(Path(self.config.server.cost_profile), learned)
         await self.registry.close()
 
 

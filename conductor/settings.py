@@ -25,6 +25,8 @@ class ServerConfig:
         conductor_id: empty: made up from host and process.
         tick_s: how often deadlines are looked at.
         drain_s: how long running requests may go on after SIGTERM.
+        cost_profile: a YAML file with what workers cost (conductor/cost_profile.py), read at the start if it is there
+            and written at the end with what was learned; empty: none.
         canary_timeout_s: a canary request that takes longer has failed.
     """
 
@@ -38,6 +40,7 @@ class ServerConfig:
     cluster: str = "default"
     conductor_id: str = ""
     log_level: str = "info"
+    cost_profile: str = ""
     tick_s: float = 0.05
     drain_s: float = 30.0
     canary_timeout_s: float = 30.0

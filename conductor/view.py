@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from conductor.config import ConductorConfig
 from core.cost import CostPrior, WorkerCost
+from core.fit import Residual
 from core.messages import LoadReport, NodeInfo
 from halfmoon.types import AttemptId, Epoch, NodeId, Role
 
@@ -333,8 +334,18 @@ class ClusterView:
                 counts[state] = counts.get(state, 0) + 1
         return ", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "none is there"
 
+    def learned(self) -> dict[str, CostPrior]:
+        """By role: what the best-measured worker has learned. Roles of which nothing was measured are left out."""
+        costs: dict[str, CostPrior] = {}
+        for worker in sorted(self._workers.values(), key=lambda w: (w.cost.samples, w.node_id)):
+            if worker.cost.samples > 0:
+                costs[worker.info.role.value] = worker.cost.learned()
+        return costs
+
+    def residuals(self) -> dict[NodeId, dict[str, Residual]]:
+        """Of every worker's cost models. May be called from another thread."""
+        return {worker.node_id: worker.cost.residuals() for worker in list(self._workers.values())}
+
     def _prior(self, role: Role) -> CostPrior:
         """What the best-measured worker of the same role has learned, else the configured prior."""
-        same = [w for w in self._workers.values() if w.info.role is role and w.cost.samples > 0]
-        best = max(same, key=lambda w: (w.cost.samples, w.node_id), default=None)
-        return best.cost.learned() if best is not None else self._config.priors.get(role.value, self._config.prior)
+        return self.learned().get(role.value) or self._config.priors.get(role.value, self._config.prior)

@@ -145,7 +145,8 @@ def load(section_class: type[Section], mapping: Mapping[str, Any], *, path: str 
     try:
         return section_class(**values)
     except ConfigError as error:  # its own __post_init__, which does not know where it stands
-        key = error.key if error.key.startswith(f"{path}.") else _join(path, error.key)
+        own = f"{path.rpartition('.')[2]}."  # the section's own name, which its owner may have said already
+        key = _join(path, error.key.removeprefix(own) if path else error.key)
         raise ConfigError(key=key, value=error.value, expected=error.expected) from error
     except InvalidRequest as error:  # a value shared with the API says what it would say to a client
         raise ConfigError(key=_join(path, error.field), value=error.value, expected=error.limit) from error

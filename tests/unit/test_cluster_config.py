@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cli.cluster_commands import cluster_config
 from cluster import local
 from cluster.local import LocalCluster
-from cluster.plan import ClusterConfig, ProcessSpec
+from cluster.plan import ClusterConfig, ProcessSpec, conductor_spec
 from cluster.process import SupervisedProcess
+from conductor.config import PlacementName
+from conductor.server import load_settings
 from halfmoon.errors import ConfigError, Unavailable
 from node.config import NodeConfig
 from node.pools import _named_as_set
@@ -126,3 +129,23 @@ def test_who_set_mib_is_told_of_mib() -> None:
     with pytest.raises(ConfigError) as refusal, _named_as_set(config, "device", lambda: 5 << 20):
         raise ConfigError(key="node.device_blocks", value=123, expected="at most 10 blocks")
     assert str(refusal.value) == "config node.device_mib: got 60000; expected at most the 5 MiB that are free"
+
+
+def test_the_conductor_is_told_its_settings_as_they_were_given(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("cluster: {conductor: {balancing_threshold: 3, priors: {decode: {read_ssd: [0.01, 1.0e-9]}}}}")
+    config = cluster_config(str(file), {"placement": "mooncake", "directory": str(tmp_path)}, "test")
+    written = tmp_path / "conductor.yaml"
+    written.write_text(yaml.safe_dump(conductor_spec(config, "redis://x").settings))
+    assert load_settings(written).conductor == config.conductor
+    assert (config.conductor.placement, config.conductor.balancing_threshold) == (PlacementName.MOONCAKE, 3.0)
+    assert config.conductor.priors["decode"].read_ssd == (0.01, 1e-9)
+
+
+@pytest.mark.parametrize("setting", ["placement: best", "balancing_threshold: 0.5", "prior: {decode: [1, 2, -3]}"])
+def test_what_the_conductor_would_refuse_is_refused_where_it_was_written(tmp_path: Path, setting: str) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"cluster: {{conductor: {{{setting}}}}}")
+    with pytest.raises(ConfigError) as refusal:
+        cluster_config(str(file), {}, "test")
+    assert refusal.value.key.startswith(f"cluster.conductor.{setting.split(':')[0]}")

@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 from benchmarks.record import save
+from halfmoon.errors import NotFound, TraceError
 from halfmoon.types import BlockHash
 from kv_store.eviction import EvictionPolicy
 from kv_store.eviction_belady import Belady
@@ -167,7 +168,10 @@ def main() -> None:
     parser.add_argument("--trace", default=CONVERSATION)
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    trace = read_trace(options.trace)
+    try:
+        trace = read_trace(options.trace)
+    except (NotFound, TraceError) as error:
+        parser.error(str(error))
     cases = [(name, size) for name in NAMES for size in SIZES]
     with ProcessPoolExecutor(options.processes) as pool:
         rows = list(pool.map(measure, [trace] * len(cases), *zip(*cases, strict=True)))

@@ -31,7 +31,7 @@ GRID_S = (0, 6, 12, 18, 24, 30, 36, 42, 48, 54, 60, 75, 90, 105, 120, 150, 180, 
           720, 900, 1200, 1500, 1800)  # fmt: skip
 """Leases that there are to choose from."""
 
-REMEMBERED_PER_SLOT = 32  # names with their use counts: 100 bytes each, nothing beside the block's own megabytes
+REMEMBERED_PER_SLOT = 8  # names with their use counts, 100 bytes each: what left longer ago begins anew
 BISECTIONS = 60
 
 Class = tuple[int, int]

@@ -10,7 +10,7 @@ from benchmarks.cache_policies import NAMES, Pool, block_name, measure, table
 from halfmoon.types import AttemptId, BlockHash, RequestId, Tier
 from kv_store.eviction import EvictionPolicy, LengthAware, Lfu, LruTailFirst
 from kv_store.eviction_belady import Belady
-from kv_store.eviction_leases import Leased, Leases, class_of, fit_leases
+from kv_store.eviction_leases import REMEMBERED_PER_SLOT, Leased, Leases, class_of, fit_leases
 from kv_store.eviction_policies import POLICIES, make_policy
 from kv_store.eviction_s3fifo import S3Fifo
 from kv_store.ledger import Ledger
@@ -122,6 +122,18 @@ def test_a_lease_counts_from_the_last_use_and_remembers_uses_beyond_eviction() -
     policy.on_used(2, 1.0)  # its second use: to 101
     policy.offer(2, is_tail=True)
     assert drain(policy) == [0, 2]
+
+
+def test_uses_are_remembered_for_a_bounded_number_of_names() -> None:
+    leases = Leases(seconds={class_of(1, 0): 10.0, class_of(2, 0): 100.0}, price=0.1)
+    for others, left in ((REMEMBERED_PER_SLOT - 1, [1, 0]), (REMEMBERED_PER_SLOT, [0, 1])):
+        policy = Leased(leases, num_slots=1)
+        for number in (7000, *range(100, 100 + others), 7000):
+            policy.on_stored(0, name(number), 0, 0.0)
+            policy.on_used(0, 0.0)  # to 100 if 7000 is remembered, else to 10
+        policy.offer(0, is_tail=True)
+        store(policy, 1, now_s=5.0)  # to 15
+        assert drain(policy) == left
 
 
 def test_leases_are_worth_their_slots() -> None:

@@ -261,7 +261,8 @@ def _joined(
         if bid.worker.coupled:
             pairs.append((0.0, rank, 0, bid, coupled[bid.worker.node_id]))
         else:
-            pairs += [(pricing.handover_s(bid, d), rank, i, bid, d) for i, d in enumerate(partners)]
+            sending = bid.worker.sending_bytes(pricing.now_s)
+            pairs += [(pricing.handover_s(bid, sending, d), rank, i, bid, d) for i, d in enumerate(partners)]
     handover_s, _, _, prefill, decode = min(pairs)
     return prefill, decode, handover_s
 

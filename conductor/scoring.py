@@ -260,15 +260,15 @@ class Pricing:
         young = worker.young(self.now_s, self.config)
         return DecodeBid(worker, load, tbt_s, stall_s, tbt_load, room_load, own_blocks, young)
 
-    def handover_s(self, prefill: PrefillBid, decode: DecodeBid) -> float:
+    def handover_s(self, prefill: PrefillBid, sending_bytes: float, decode: DecodeBid) -> float:
         """What the decode worker's pull takes beyond the first token: the transfer term that joins the two halves.
 
-        Its own bytes can move while they are computed, what is promised to others ahead of them from now on.
+        Its own bytes can move while they are computed, the `sending_bytes` promised to others before from now on.
         """
-        source, cost = prefill.worker, decode.worker.cost
+        source, cost = prefill.worker.node_id, decode.worker.cost
         num_bytes = (self.query.blocks_prefill - decode.hit_blocks) * self.query.block_bytes
-        alone_s = cost.transfer_seconds(num_bytes, source.node_id)
-        behind_s = cost.transfer_seconds(num_bytes + source.sending_bytes(self.now_s), source.node_id)
+        alone_s = cost.transfer_seconds(num_bytes, source)
+        behind_s = cost.transfer_seconds(num_bytes + sending_bytes, source) if sending_bytes else alone_s
         return max(0.0, alone_s - prefill.prefill_s, behind_s - prefill.ttft_s)
 
     # ---- how sure a bid is ----

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import random
 import secrets
@@ -53,6 +54,8 @@ DRAIN_POLL_S = 0.05
 CLOSE_S = 2.0  # for streams to take their terminal event after the drain
 DRAIN_MARGIN_S = 15.0  # beyond `drain_s`: closing ports, streams and links
 INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+log = logging.getLogger("conductor.server")
+
 ADMIN = admin_pb2.DESCRIPTOR.services_by_name["Admin"].full_name
 
 
@@ -148,6 +151,7 @@ class ConductorProcess:
             _say(f"serving {self.addresses}")
             await stop.wait()
             await self._drain()
+            self._keep_costs()
         finally:
             await self._close()
 
@@ -223,6 +227,16 @@ class ConductorProcess:
             f"the conductor shut down and it was not complete in {self.config.server.drain_s:g} s"
         )
 
+    def _keep_costs(self) -> None:
+        """While the workers are still known."""
+        learned = self.driver.machine.learned_costs()
+        path = self.config.server.cost_profile
+        if path and learned:
+            try:
+                write_profile(Path(path), learned)
+            except OSError as error:
+                log.warning("what workers cost is not kept: %s", error, extra=logs.fields(path=path))
+
     async def _close(self) -> None:
         """Ports first, so that streams take their end; then the links and the lease; then what those stood on."""
         await asyncio.gather(*(server.stop(CLOSE_S) for server in self._servers))
@@ -231,9 +245,6 @@ class ConductorProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.inference.close()
         self._close_metrics()
-        learned = self.driver.machine.learned_costs()
-        if self.config.server.cost_profile and learned:
-            write_profile(Path(self.config.server.cost_profile), learned)
         await self.registry.close()
 
 

@@ -24,6 +24,9 @@ PREFILL_SHARE_MIN = 0.25
 LEARNED_FLOOR = 1e-3
 """Of the prior: a coefficient that was fitted to zero is handed on as this much, or it could not rise again."""
 
+LEARNED_MIN = 1e-18
+"""Seconds: however often what was learned becomes a prior again, it stays above zero."""
+
 SOURCES_MAX = 256
 """Senders with a transfer model of their own, per receiver; further ones share the receiver's."""
 
@@ -208,7 +211,7 @@ class WorkerCost:
     def learned(self) -> CostPrior:
         """The coefficients now, as a prior for a worker of the same kind of which nothing is known yet."""
         prefill, decode, transfer = (
-            tuple(max(c, LEARNED_FLOOR * p) for c, p in zip(fit.coefficients, prior, strict=True))
+            tuple(max(c, LEARNED_FLOOR * p, LEARNED_MIN) for c, p in zip(fit.coefficients, prior, strict=True))
             for fit, prior in (
                 (self._prefill, self._prior.prefill),
                 (self._decode, self._prior.decode),

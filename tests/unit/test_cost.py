@@ -139,6 +139,17 @@ def test_what_was_learned_is_the_prior_of_a_newcomer() -> None:
     assert estimate == (pytest.approx(true_prefill_s(300, 2000), rel=1e-3), False)
 
 
+def test_what_is_handed_on_for_ever_stays_a_prior() -> None:
+    prior = PRIOR
+    for _ in range(200):
+        cost = WorkerCost(prior, tokens_per_pass_max=512)
+        for _ in range(20):
+            cost.observe_pass(decode_pass(1, 1, 0.02))
+            cost.observe_pass(decode_pass(9, 900, 0.01))  # more is quicker: slopes of zero
+        prior = cost.learned()
+    assert 0.01 <= WorkerCost(prior, tokens_per_pass_max=512).decode_step_s(9, 900).seconds <= 0.02
+
+
 # ---- what a cluster really sends: many tiny passes, one huge prompt in chunks, noise, hiccups ----
 
 

@@ -200,7 +200,8 @@ class Pricing:
 
         The transfer is priced with everything that the sender has promised already in front of it.
         """
-        query, prefill_seconds, now_s = self.query, worker.cost.prefill_seconds, self.now_s
+        query, cost, now_s = self.query, worker.cost, self.now_s
+        prefill_seconds = cost.prefill_seconds
         context = own_blocks * query.block_size
         prefill_s = prefill_seconds(query.num_tokens - context, context)
         fetch_s, chosen, refused_s = 0.0, None, inf
@@ -209,9 +210,8 @@ class Pricing:
                 break
             context = sender.blocks * query.block_size
             rest_s = prefill_seconds(query.num_tokens - context, context)
-            moved_s = worker.cost.transfer_seconds(
-                (sender.blocks - own_blocks) * query.block_bytes + sender.sending_bytes, sender.worker.node_id
-            )
+            num_bytes = (sender.blocks - own_blocks) * query.block_bytes + sender.sending_bytes
+            moved_s = cost.transfer_seconds(num_bytes, sender.worker.node_id)
             if self.slow is not None:
                 moved_s += self._read_s(sender.worker, own_blocks, sender.blocks)
             if self.fetches(own_blocks, sender.blocks, moved_s + rest_s, fetch_s + prefill_s):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from conductor.config import PlacementName
+from conductor.decisions import Choice
 from conductor.effects import Slo
 from core.messages import LoadReport, PassSample
 from tests.conductor_kit import Play, attempt_of, chain, prompt, spec
@@ -120,11 +122,43 @@ def coupled() -> str:
     return tell.text()
 
 
+def placements() -> str:
+    """The same eight requests under every policy: a hot prefix at p0, a part of it at p1, and prompts of their own."""
+    lines = []
+    for policy in PlacementName:
+        play = Play("p2 d0 d1", placement=policy, copies_share_max=0.015, copies_window_s=100.0)
+        play.join("p0", chain(prompt(320)))
+        play.join("p1", chain(prompt(320))[:5])
+        play.now_s += 100.0
+        lines.append(policy.value)
+        for number in range(8):
+            hot = number % 4 != 3
+            tokens = (*prompt(320), *prompt(30, seed=number)) if hot else prompt(200, seed=number)
+            play.request(spec(f"r{number}", tokens=tokens))
+            play.now_s += 0.02
+            record = play.machine.explain(attempt_of(f"r{number}#1").request_id)
+            assert record is not None
+            lines.append(f"  {'hot' if hot else 'own'} {_chosen(record.choices[0])}")
+        lines.append(f"  copies capped: {play.counter('copies_capped')}")
+    return "\n".join(lines) + "\n"
+
+
+def _chosen(choice: Choice) -> str:
+    prefill = next(score for score in choice.prefill_scores if score.node_id == choice.prefill_node)
+    terms = " + ".join(f"{name} {1e3 * getattr(prefill, f'{name}_s'):.1f}" for name in ("queue", "fetch", "prefill"))
+    fetched = f", {choice.fetch_blocks} fetched from {choice.fetch_source}" if choice.fetch_blocks else ""
+    return (
+        f"{choice.prefill_node} -> {choice.decode_node}: {terms} = {1e3 * choice.ttft_s:.1f} ms, "
+        f"{choice.hit_blocks} blocks hit{fetched}, of {choice.prefill_candidates}"
+    )
+
+
 SCENES: dict[str, Callable[[], str]] = {
     "life": life,
     "failover": failover,
     "admission": admission,
     "coupled": coupled,
+    "placements": placements,
 }
 
 

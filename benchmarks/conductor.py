@@ -32,6 +32,7 @@ from benchmarks.conductor_peer import (
     run_peer,
 )
 from benchmarks.record import save
+from conductor import index_dump
 from conductor.config import ConductorConfig
 from conductor.desk import Layout
 from conductor.effects import RequestSpec
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     copies = sum(len(numbers) for numbers in people.held) * PROMPT_BLOCKS
     gc.collect()
     gc.freeze()
-    walks = _walks(machine, people, arguments.placements)
+    walks, walks_cpu = _walks(machine, people, arguments.placements)
     return {
         "additions_ms": round(1e3 * _timed(_a_million_additions), 1),
         "workers": len(infos),
@@ -102,9 +103,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "snapshot_blocks_per_s": round(copies / seconds),
         "request_whole_life": _lives(machine, people, infos, arguments.placements, arguments.open),
         "prefix_walk": walks,
+        "prefix_walk_cpu": walks_cpu,
         "prefix_walk_naive": _naive_walks(people),
         "prefix_walk_peer": peer,
         "peer_p50_over_ours": round(peer["p50_us"] / walks["p50_us"], 2) if peer else None,
+        "index_dump": _dumped(machine),
         "ingest_events_per_s": _ingest(machine, infos, rng),
         "node_removal_ms": round(1e3 * _timed(lambda: machine.on_node_lost(*_who(infos[0]), "bench", 1e4)), 2),
     }
@@ -163,16 +166,25 @@ def _ended(machine: ConductorMachine, spec: RequestSpec, epochs: dict[NodeId, Ep
     machine.on_stream_finished(spec.request_id, now_s)
 
 
-def _walks(machine: ConductorMachine, people: Population, count: int) -> dict[str, float]:
-    index, seconds = machine._desk.index, []
+def _walks(machine: ConductorMachine, people: Population, count: int) -> tuple[dict[str, float], dict[str, float]]:
+    """By the clock, as the peer is measured, and in CPU time."""
+    index, seconds, cpu = machine._desk.index, [], []
     for number in prompts(people, count):
         chain = [BlockHash(block) for block in people.chains[number]]
-        began_s = time.perf_counter()
+        began_s, began_cpu_s = time.perf_counter(), time.thread_time()
         found = index.match(chain)
+        cpu.append(time.thread_time() - began_cpu_s)
         seconds.append(time.perf_counter() - began_s)
         assert max(found.values()) == PROMPT_BLOCKS, "the prompt is held by somebody"
         assert len(found) == len(people.held), "and the system prompt by everybody"
-    return percentiles(seconds)
+    return percentiles(seconds), percentiles(cpu)
+
+
+def _dumped(machine: ConductorMachine) -> dict[str, float]:
+    kept: list[bytes] = []
+    dump_s = _timed(lambda: kept.append(index_dump.dump(machine._desk.index)))
+    load_s = _timed(lambda: index_dump.load(kept[0]))
+    return {"mib": round(len(kept[0]) / 2**20, 1), "dump_s": round(dump_s, 2), "load_s": round(load_s, 2)}
 
 
 def _naive_walks(people: Population, count: int = 200) -> dict[str, float]:

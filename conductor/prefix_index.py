@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import NamedTuple
 
 from core.messages import BlockCopy, KvEvents
@@ -26,6 +27,9 @@ BITS = 3
 """Per worker: of a block that it holds the lowest is set; one of the others too, if no copy is in DEVICE."""
 
 SLOW_BITS = {Tier.DRAM: 0b010, Tier.SSD: 0b100}
+MANY = 12
+"""Workers from which on they are named all at once, instead of bit by bit."""
+
 ALL_SLOW = 0b110
 HELD_BITS = {0: 0, 1 << Tier.DEVICE: 0b001, 1 << Tier.DRAM: 0b011, 1 << Tier.SSD: 0b101}
 """By the fastest tier, as the lowest bit of a worker's `copies`."""
@@ -230,6 +234,10 @@ class PrefixIndex:
 
     def _note(self, lengths: dict[NodeId, int], bits: int, length: int) -> None:
         owners = self._by_position
+        if bits.bit_count() >= MANY:
+            digits = format(bits, "b")[::-BITS]  # the lowest first, one for each worker
+            lengths.update({owner: length for owner in compress(owners, map("1".__eq__, digits)) if owner is not None})
+            return
         while bits:
             lowest = bits & -bits
             node_id = owners[lowest.bit_length() // BITS]

@@ -85,6 +85,16 @@ def test_events_from_before_the_snapshot_are_dropped() -> None:
     assert index.events_dropped == 1
 
 
+def test_many_workers_are_told_apart_as_well_as_few() -> None:
+    held = {f"w{i:02}": tuple(range(1 + i % 3)) for i in range(50)}
+    index = index_of(**held)
+    for gone in range(0, 50, 4):
+        index.remove(NodeId(f"w{gone:02}"))
+    left = {NodeId(name): len(blocks) for name, blocks in held.items() if int(name[1:]) % 4}
+    assert index.match(BLOCKS) == left
+    assert index.match(BLOCKS[2:]) == {name: 1 for name, length in left.items() if length == 3}
+
+
 def test_a_worker_that_left_is_forgotten_and_its_place_is_reused() -> None:
     index = index_of(p0=(0, 1), p1=(0, 1, 2))
     index.remove(P1)

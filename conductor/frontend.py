@@ -217,7 +217,7 @@ class FrontEnd:
             text=ending.text,
             usage=usage_of(
                 num_prompt_tokens=len(session.spec.token_ids),
-                num_output_tokens=len(stream.tokens),
+                num_output_tokens=stream.num_tokens,
                 prefill_stats=stream.prefill_stats,
                 decode_stats=stream.decode_stats,
                 summary=summary,
@@ -246,10 +246,10 @@ class FrontEnd:
 
     def _hole(self, session: Session) -> None:
         """A token that never came: a bug, or a token stream that lost it unseen. The attempt restarts."""
-        log.error("%s: token %d is missing; restarting", session.log.attempt, len(session.log.tokens))
+        log.error("%s: token %d is missing; restarting", session.log.attempt, session.log.num_tokens)
         self.metrics.counters["holes"] += 1
         session.log.suspend()
-        self._driver.gap(session.spec.request_id, f"token {len(session.log.tokens)} is missing")
+        self._driver.gap(session.spec.request_id, f"token {session.log.num_tokens} is missing")
 
     def _give_up(self, session: Session, error: HalfmoonError, reason: str) -> None:
         self._abandon(session, error, reason, drop=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 from core.messages import AttemptStats, Token
 from halfmoon.types import AttemptId, FinishReason
@@ -26,12 +27,13 @@ class Verdict(enum.StrEnum):
 class StreamLog:
     """Tokens 0, 1, 2, … of one request, whatever attempt emitted them; only the current attempt may append.
 
-    Invariants: `tokens[i].index == i`; after a token with a finish reason nothing is accepted.
+    Only ids are kept. Invariants: `token_ids[i]` is the token of index i; after a token with a finish reason nothing is accepted.
     Memory: at most max_tokens tokens and AHEAD_MAX kept ahead.
     """
 
     def __init__(self) -> None:
-        self.tokens: list[Token] = []
+        self._ids: list[int] = []
+        self._finish_reason: FinishReason | None = None
         self.attempt: AttemptId | None = None
         self.prefill_stats: list[AttemptStats] = []  # rode on an attempt's first token
         self.decode_stats: list[AttemptStats] = []  # rode on a later one
@@ -43,18 +45,23 @@ class StreamLog:
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        return tuple(token.token_id for token in self.tokens)
+        return tuple(self._ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._ids)
 
     @property
     def finish_reason(self) -> FinishReason | None:
-        return self.tokens[-1].finish_reason if self.tokens else None
+        """Of the last token."""
+        return self._finish_reason
 
     def begin(self, attempt: AttemptId) -> None:
         """From now on only this attempt's tokens count. Modifies self: what an earlier one sent ahead is forgotten."""
         assert attempt.number > self._last_number, f"{attempt} after attempt {self._last_number}"
         self.attempt = attempt
         self._last_number = attempt.number
-        self._first_index = len(self.tokens)
+        self._first_index = len(self._ids)
         self._forget_ahead()
 
     def suspend(self) -> tuple[int, ...]:
@@ -70,7 +77,9 @@ class StreamLog:
 
     def cut(self, num_tokens: int) -> None:
         """The output ended with its first `num_tokens` tokens (a stop string): forget the rest, accept no more."""
-        del self.tokens[num_tokens:]
+        if num_tokens < len(self._ids):
+            del self._ids[num_tokens:]
+            self._finish_reason = None
         self.close()
 
     def offer(self, token: Token, now_s: float) -> tuple[Verdict, list[Token]]:
@@ -86,6 +95,18 @@ class StreamLog:
             return verdict, []
         return verdict, self._append(token, now_s)
 
+    def offer_run(self, attempt: AttemptId, first_index: int, token_ids: Sequence[int]) -> bool:
+        """As `offer` of each of these consecutive tokens, none of them the last and none with stats.
+
+        False: they are not simply the next ones, and nothing has changed: offer them one by one. Modifies self.
+        """
+        if attempt != self.attempt or self.closed or self._finish_reason is not None or self._ahead:
+            return False
+        if first_index != len(self._ids):
+            return False
+        self._ids.extend(token_ids)
+        return True
+
     def _forget_ahead(self) -> None:
         self._ahead.clear()
         self.hole_since_s = None
@@ -95,9 +116,9 @@ class StreamLog:
             return Verdict.STALE
         if self.closed or self.finish_reason is not None:
             return Verdict.AFTER_END
-        if token.index < len(self.tokens) or token.index in self._ahead:
+        if token.index < len(self._ids) or token.index in self._ahead:
             return Verdict.DUPLICATE
-        if token.index == len(self.tokens):
+        if token.index == len(self._ids):
             return Verdict.ACCEPTED
         return Verdict.AHEAD if len(self._ahead) < AHEAD_MAX else Verdict.OVERFLOW
 
@@ -105,7 +126,8 @@ class StreamLog:
         appended = [token]
         while appended[-1].finish_reason is None and appended[-1].index + 1 in self._ahead:
             appended.append(self._ahead.pop(appended[-1].index + 1))
-        self.tokens.extend(appended)
+        self._ids.extend([done.token_id for done in appended])
+        self._finish_reason = appended[-1].finish_reason
         for done in appended:
             if done.stats is not None:
                 (self.prefill_stats if done.index == self._first_index else self.decode_stats).append(done.stats)

@@ -18,6 +18,7 @@ from kv_store.values import Move, PullEnded
 from node.attempts import AttemptNumbers, require
 from node.effects import Effect, Pass, Report
 from node.measures import Samples
+from node.sequence import Namer
 from prefill_worker.machine import PrefillConfig, PrefillMachine
 
 NOTHING = Pass(attempts=(), slices=())
@@ -48,13 +49,26 @@ class CoupledMachine:
     """A WorkerMachine (node/effects.py) in both roles. Events for one role are ignored by the other."""
 
     def __init__(
-        self, *, node_id: NodeId, cache: KvCache, root: BlockHash, block_size: int, config: CoupledConfig
+        self,
+        *,
+        node_id: NodeId,
+        cache: KvCache,
+        root: BlockHash,
+        block_size: int,
+        config: CoupledConfig,
+        names: Namer | None = None,
     ) -> None:
         numbers = AttemptNumbers()
         self.config = config
         self._cache = cache
         self._decode = DecodeMachine(
-            node_id=node_id, cache=cache, root=root, block_size=block_size, config=config.decode, numbers=numbers
+            node_id=node_id,
+            cache=cache,
+            root=root,
+            block_size=block_size,
+            config=config.decode,
+            numbers=numbers,
+            names=names,
         )
         self._prefill = PrefillMachine(
             node_id=node_id,
@@ -65,6 +79,7 @@ class CoupledMachine:
             spare_slots=self._decode.spare_slots,
             adopt=self._decode.adopt,
             numbers=numbers,
+            names=names,
         )
         self._samples = Samples()
         self._step, self._chunks = NOTHING, NOTHING
@@ -161,6 +176,9 @@ class CoupledMachine:
     def drain(self) -> None:
         self._prefill.drain()
         self._decode.drain()
+
+    def tick_due_s(self) -> float:
+        return min(self._prefill.tick_due_s(), self._decode.tick_due_s())
 
     def load(self) -> LoadReport:
         """Both roles' load; a mixed pass is one sample."""

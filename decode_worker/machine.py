@@ -30,7 +30,11 @@ from kv_store.values import Move, PullEnded
 from node.attempts import Attempt, AttemptNumbers, Attempts, due_s, kind_of, require
 from node.effects import Effect, Emit, Pass
 from node.measures import Samples, with_cache_room
-from node.sequence import SequenceState, token_of
+from node.sequence import Namer, SequenceState, namer, token_of
+
+
+PLAIN_STEPS_MAX = 4096
+"""Of one answer of `plain_steps`; more are asked for again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,7 @@ class DecodeMachine:
     Args:
         root: parent of every first block's name.
         numbers: shared with the other machine of a coupled worker.
+        names: how prompts' blocks are named; None: by computing every name from `root`.
     """
 
     def __init__(
@@ -73,12 +78,13 @@ class DecodeMachine:
         block_size: int,
         config: DecodeConfig,
         numbers: AttemptNumbers | None = None,
+        names: Namer | None = None,
     ) -> None:
         self.config = config
         self.samples = Samples()
         self._node_id = node_id
         self._cache = cache
-        self._root = root
+        self._names = names or namer(root, block_size)
         self._block_size = block_size
         self._blocks_total = sum(cache.counts(Tier.DEVICE).values())
         self._attempts: Attempts[DecodeAttempt] = Attempts(
@@ -106,7 +112,7 @@ class DecodeMachine:
             self._attempts.refuse(command.attempt_id, reason)
             return
         attempt = DecodeAttempt(
-            sequence=SequenceState(command, self._root, self._block_size),
+            sequence=SequenceState(command, self._names(command), self._block_size),
             front_end=command.front_end,
             received_s=now_s,
             deadline_at_s=now_s + command.deadline_s,
@@ -260,6 +266,38 @@ class DecodeMachine:
                 self._account_token(attempt, sampled, now_s)
         return self.effects(now_s)
 
+    def plain_steps(self) -> int:
+        """How many steps, from the one that is out on, are plain: each adds a token to every sequence of the batch and
+        does nothing else, so that the next step is of the same batch. As far as is known here: only the engine knows
+        where an output stops, and any event may change the answer.
+        """
+        assert self._pass is not None, "no pass is out"
+        num_in_pass, plain = 0, PLAIN_STEPS_MAX
+        for attempt in self._attempts.all():
+            if attempt.in_pass:
+                if attempt.ending:
+                    return 0
+                num_in_pass += 1
+                plain = min(plain, attempt.sequence.num_plain_steps)
+            elif not attempt.ending and (attempt.runnable or attempt.phase in (Phase.WAITING, Phase.PARKED)):
+                return 0
+        assert num_in_pass == len(self._pass.attempts)
+        return plain
+
+    def account_plain(self, done: Pass, results: Sequence[Sequence[int]], seconds: Sequence[float]) -> None:
+        """As `account` and `decide` in turns, for the plain steps that took `seconds` each; `decide` is next.
+
+        Args:
+            results: the tokens of each sequence of the pass, one for each step. They have to be emitted.
+        """
+        assert 0 < len(seconds) <= self.plain_steps()
+        kv_tokens = sum(part.end for part in done.slices) + len(done.slices) * (len(seconds) - 1)
+        self.samples.add_step(batch=len(done.slices), kv_tokens=kv_tokens, seconds=seconds[-1])
+        self._pass_is_over(done)
+        for attempt, part, token_ids in zip(self._attempts.leave_plain(done, seconds), done.slices, results, strict=True):
+            attempt.count_computed(range(part.start, part.start + len(token_ids)))
+            attempt.sequence.run(token_ids)
+
     def on_pass_failed(self, failed: Pass, message: str, now_s: float) -> list[Effect]:
         self._pass_is_over(failed)
         self._attempts.pass_failed(failed, message, now_s)
@@ -300,10 +338,15 @@ class DecodeMachine:
     def drain(self) -> None:
         self._attempts.draining = True
 
+    def tick_due_s(self) -> float:
+        """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""
+        return self._attempts.tick_due_s(lambda a: a.phase in (Phase.WAITING, Phase.PARKED))
+
     def load(self) -> LoadReport:
-        joined = [a for a in self._attempts.live() if a.joined]
+        live = self._attempts.live()
+        joined = [a for a in live if a.joined]
         report = LoadReport(
-            queued_attempts=sum(a.phase is Phase.WAITING for a in self._attempts.live()),
+            queued_attempts=sum(a.phase is Phase.WAITING for a in live),
             running_sequences=len(joined),
             kv_tokens=sum(a.sequence.num_computed_tokens for a in joined),
             draining=self._attempts.draining,

@@ -64,7 +64,7 @@ def block_hash(parent: BlockHash, token_ids: Sequence[int], salt: bytes = b"") -
 class BlockChain:
     """The names of a growing token sequence's full blocks.
 
-    Owns a copy of nothing but the names and the tail; `extend` is O(new tokens).
+    Owns a copy of nothing but the names and the tail; `extend` is O(new tokens), whatever the tail.
     """
 
     def __init__(self, root: BlockHash, block_size: int, *, salt: bytes = b"", public_tokens: int = 0) -> None:
@@ -83,15 +83,26 @@ class BlockChain:
 
     def extend(self, token_ids: Sequence[int]) -> list[BlockHash]:
         """Append tokens; return the names of the blocks they completed. Modifies self."""
-        size = self._block_size
-        tokens = self._tail + list(token_ids)
+        size, tail = self._block_size, self._tail
         first_new = len(self.hashes)
-        for start in range(0, len(tokens) - size + 1, size):
+        tail.extend(token_ids)
+        for start in range(0, len(tail) - size + 1, size):
             salt = self._salt if len(self.hashes) == self._salt_index else b""
-            self._parent = block_hash(self._parent, tokens[start : start + size], salt)
+            self._parent = block_hash(self._parent, tail[start : start + size], salt)
             self.hashes.append(self._parent)
-        self._tail = tokens[(len(self.hashes) - first_new) * size :]
+        del tail[: (len(self.hashes) - first_new) * size]
         return self.hashes[first_new:]
+
+    def begin_with(self, hashes: Sequence[BlockHash], tail: Sequence[int]) -> None:
+        """As `extend` with tokens whose full blocks were named before: `hashes`, and `tail` after them. Trusted.
+
+        Only for an empty chain of the same root and salt. Modifies self.
+        """
+        assert self.num_tokens == 0, "the chain has begun"
+        assert len(tail) < self._block_size
+        self.hashes.extend(hashes)
+        self._tail.extend(tail)
+        self._parent = self.hashes[-1] if self.hashes else self._parent
 
 
 def _digest(*parts: bytes) -> BlockHash:

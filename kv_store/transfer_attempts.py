@@ -36,7 +36,7 @@ class _Attempt:
     outcome: _Outcome | None = None
     acked: bool = False  # a puller has everything that it asked for
     expires_s: float = 0.0  # when a record without an outcome is forgotten
-    serves: set[ServeKey] = field(default_factory=set)
+    serves: dict[ServeKey, None] = field(default_factory=dict)  # a set that keeps its order
 
 
 class Attempts:
@@ -69,12 +69,12 @@ class Attempts:
     def attach(self, serve: Serve) -> bool:
         """A pull that waits has begun; True if the attempt was handed over already."""
         attempt = self._attempts.setdefault(serve.pull.attempt_id, _Attempt())
-        attempt.serves.add(serve.key)
+        attempt.serves[serve.key] = None
         attempt.expires_s = max(attempt.expires_s, serve.deadline_s)
         return attempt.outcome is _Outcome.HANDED
 
     def detach(self, serve: Serve) -> None:
-        self._attempts[serve.pull.attempt_id].serves.discard(serve.key)
+        self._attempts[serve.pull.attempt_id].serves.pop(serve.key, None)
 
     def on_acked(self, attempt_id: AttemptId) -> None:
         """The last acknowledgement of a pull; it may come before the hand-over, and is remembered for it."""
@@ -118,5 +118,5 @@ class Attempts:
 
     def check_invariants(self, serves: set[ServeKey]) -> None:
         for attempt in self._attempts.values():
-            assert attempt.serves <= serves
+            assert attempt.serves.keys() <= serves
             assert attempt.serves or attempt.acked or attempt.outcome is not None

@@ -7,9 +7,10 @@ Every accepted attempt ends in exactly one report, or (a prefill that was handed
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -155,6 +156,15 @@ class Attempts(Generic[A]):
         attempt = self._live.get(attempt_id)
         return None if attempt is None or attempt.ending else attempt
 
+    def all(self) -> Sequence[A]:
+        """The ending ones too, most urgent first; borrowed, until the next call that changes anything."""
+        return self._by_urgency
+
+    def tick_due_s(self, waits: Callable[[A], bool]) -> float:
+        """Before this moment `expire` would end nobody, and none of these `waits` for what other events may bring."""
+        live = self.live()
+        return -math.inf if any(map(waits, live)) else min([a.deadline_at_s for a in live], default=math.inf)
+
     def live(self) -> list[A]:
         """Those not ending, most urgent first."""
         return [a for a in self._by_urgency if not a.ending]
@@ -275,6 +285,17 @@ class Attempts(Generic[A]):
     def leave_pass(self, over: Pass, seconds: float, now_s: float) -> list[A | None]:
         """The pass is over. Returns its attempts in order; None for one that has ended meanwhile, and is released."""
         return [self._left_pass(self._live[attempt_id], seconds, now_s) for attempt_id in over.attempts]
+
+    def leave_plain(self, over: Pass, seconds: Sequence[float]) -> list[A]:
+        """As `leave_pass` after each of several passes of the same attempts, none of which is ending."""
+        attempts = [self._live[attempt_id] for attempt_id in over.attempts]
+        for attempt in attempts:
+            assert attempt.in_pass
+            assert not attempt.ending
+            attempt.in_pass = False
+            for one_s in seconds:  # one by one: a sum would round differently
+                attempt.compute_s += one_s
+        return attempts
 
     def _left_pass(self, attempt: A, seconds: float, now_s: float) -> A | None:
         assert attempt.in_pass, "released in mid-pass"

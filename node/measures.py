@@ -16,13 +16,21 @@ SAMPLES_MAX = 1024
 
 
 class Samples:
-    """Passes since the last report."""
+    """Passes since the last report: all that prefilled, and of steps that only decoded the last of each batch size.
+
+    Steps of a batch come by the dozen between two reports and are all alike; to learn them all costs the conductor
+    more than everything else that it does.
+    """
 
     def __init__(self) -> None:
         self._passes: deque[PassSample] = deque(maxlen=SAMPLES_MAX)
+        self._steps: dict[int, PassSample] = {}  # bounded by the largest batch
 
     def add_pass(self, *, prefill: Iterable[Slice], decode: Iterable[Slice], seconds: float) -> None:
         chunks, steps = tuple(prefill), tuple(decode)
+        if not chunks:
+            self.add_step(batch=len(steps), kv_tokens=sum(s.end for s in steps), seconds=seconds)
+            return
         self._passes.append(
             PassSample(
                 new_tokens=sum(len(s.token_ids) for s in chunks),
@@ -34,9 +42,16 @@ class Samples:
             )
         )
 
+    def add_step(self, *, batch: int, kv_tokens: int, seconds: float) -> None:
+        """A pass that only decoded."""
+        self._steps[batch] = PassSample(
+            new_tokens=0, context_tokens=0, batch=batch, kv_tokens=kv_tokens, seconds=seconds
+        )
+
     def take(self) -> tuple[PassSample, ...]:
-        taken = tuple(self._passes)
+        taken = (*self._passes, *self._steps.values())
         self._passes.clear()
+        self._steps.clear()
         return taken
 
 

@@ -6,6 +6,8 @@ positions have their KV in the table, and the next slice starts there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from core.messages import AttemptStats, PrefillCommand, ReserveCommand, Token, TokenLogprob
 from engine.protocol import Sampled, Slice
 from halfmoon.blocks import BlockChain
@@ -13,15 +15,33 @@ from halfmoon.types import BlockHash, FinishReason
 from kv_store.values import Want
 
 
+Namer = Callable[[PrefillCommand | ReserveCommand], BlockChain]
+"""Names the blocks of a command's tokens; the chain is the caller's, to be extended."""
+
+
+def namer(root: BlockHash, block_size: int) -> Namer:
+    """The one that computes every name. A simulator, which knows them already, has another."""
+
+    def name(command: PrefillCommand | ReserveCommand) -> BlockChain:
+        chain = BlockChain(root, block_size, salt=command.cache_salt, public_tokens=command.public_tokens)
+        chain.extend(command.token_ids)
+        return chain
+
+    return name
+
+
 class SequenceState:
     """The growing token sequence of one attempt on this node.
+
+    Args:
+        chain: names `command.token_ids`; owned from now on.
 
     Attributes:
         num_computed_tokens: positions whose KV lies in `slots` (right, though perhaps not committed yet).
         slots: DEVICE slots, one per block, in order; changed only while the attempt is in no pass.
     """
 
-    def __init__(self, command: PrefillCommand | ReserveCommand, root: BlockHash, block_size: int) -> None:
+    def __init__(self, command: PrefillCommand | ReserveCommand, chain: BlockChain, block_size: int) -> None:
         assert len(command.token_ids) >= max(1, command.num_prompt_tokens), "the front end refuses empty prompts"
         self.attempt_id = command.attempt_id
         self.sampling = command.sampling
@@ -31,8 +51,7 @@ class SequenceState:
         self.num_computed_tokens = 0
         self.slots: list[int] = []
         self._tokens = list(command.token_ids)
-        self._chain = BlockChain(root, block_size, salt=command.cache_salt, public_tokens=command.public_tokens)
-        self._chain.extend(command.token_ids)
+        self._chain = chain
 
     @property
     def names(self) -> list[BlockHash]:
@@ -124,6 +143,21 @@ class SequenceState:
         if token_id in self.sampling.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output_tokens >= self.sampling.max_tokens else None
+
+    @property
+    def num_plain_steps(self) -> int:
+        """How many further tokens neither fill a block nor reach the longest output allowed."""
+        size = self.block_size
+        return min(
+            size - 1 - self.num_computed_tokens % size, self.sampling.max_tokens - 1 - self.num_output_tokens
+        )
+
+    def run(self, token_ids: Sequence[int]) -> None:
+        """As `advance(1)` and `append` for each of these tokens, which are at most `num_plain_steps`."""
+        assert len(token_ids) <= self.num_plain_steps
+        self.num_computed_tokens += len(token_ids)
+        self._tokens.extend(token_ids)
+        self._chain.extend(token_ids)
 
 
 def token_of(

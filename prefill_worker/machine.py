@@ -24,7 +24,7 @@ from kv_store.values import Move, PullEnded
 from node.attempts import AttemptNumbers, Attempts, due_s, require
 from node.effects import Effect, Emit, HandOver, Pass
 from node.measures import Samples, with_cache_room
-from node.sequence import SequenceState, token_of
+from node.sequence import Namer, SequenceState, namer, token_of
 from prefill_worker.attempt import PrefillAttempt
 from prefill_worker.batcher import next_chunks
 
@@ -65,6 +65,7 @@ class PrefillMachine:
         spare_slots: DEVICE slots to leave to others when a prompt is opened (a coupled worker's decoding).
         adopt: takes over a prompt that stays on this node, after its first token; the table stays open for it.
         numbers: shared with the other machine of a coupled worker.
+        names: how prompts' blocks are named; None: by computing every name from `root`.
     """
 
     def __init__(
@@ -78,11 +79,12 @@ class PrefillMachine:
         spare_slots: Callable[[], int] = lambda: 0,
         adopt: Callable[[PrefillAttempt, float], None] | None = None,
         numbers: AttemptNumbers | None = None,
+        names: Namer | None = None,
     ) -> None:
         self.config = config
         self._node_id = node_id
         self._cache = cache
-        self._root = root
+        self._names = names or namer(root, block_size)
         self._block_size = block_size
         self._blocks_total = sum(cache.counts(Tier.DEVICE).values())
         self._spare_slots = spare_slots
@@ -111,7 +113,7 @@ class PrefillMachine:
             return
         stays = command.decode_here and self._adopt is not None
         attempt = PrefillAttempt(
-            sequence=SequenceState(command, self._root, self._block_size),
+            sequence=SequenceState(command, self._names(command), self._block_size),
             front_end=command.front_end,
             received_s=now_s,
             deadline_at_s=now_s + command.deadline_s,
@@ -308,6 +310,10 @@ class PrefillMachine:
 
     def drain(self) -> None:
         self._attempts.draining = True
+
+    def tick_due_s(self) -> float:
+        """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""
+        return self._attempts.tick_due_s(lambda a: not a.opened)
 
     def load(self) -> LoadReport:
         live = [a for a in self._attempts.live() if not a.held]

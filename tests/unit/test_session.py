@@ -66,7 +66,7 @@ def test_a_stop_string_cuts_text_and_log_and_says_that_workers_do_not_know() -> 
     ending = say(it, "a🌕.xyz".encode())
     assert ending == Ending(finish_reason=FinishReason.STOP, text="", cut=True)
     assert texts(it) == ["a", "", "", "", "", ""]
-    assert len(it.log.tokens) == 6
+    assert it.log.num_tokens == 6
     assert it.offer(token(6, 120), now_s=1.0)[0] == "after_end"
 
 
@@ -97,7 +97,7 @@ def test_a_stop_token_is_counted_and_not_shown() -> None:
     ending = say(it, b"hi!", FinishReason.STOP)
     assert texts(it) == ["h", "i", ""]
     assert ending == Ending(finish_reason=FinishReason.STOP, text="")
-    assert len(it.log.tokens) == 3
+    assert it.log.num_tokens == 3
 
 
 def test_logprobs_only_for_those_who_ask() -> None:

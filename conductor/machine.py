@@ -201,6 +201,10 @@ class ConductorMachine:
         """Of requests that have a record."""
         return self._desk.decisions.beginning(prefix)
 
+    def workers(self) -> list[Worker]:
+        """Every worker, with what is booked on it; borrowed, not to be modified."""
+        return list(self._desk.view)
+
     def status(self) -> ConductorStatus:
         """As of the last call that brought a time."""
         return status_of(self._desk, self.conductor_id, self._now_s)

@@ -180,6 +180,10 @@ class CoupledMachine:
     def tick_due_s(self) -> float:
         return min(self._prefill.tick_due_s(), self._decode.tick_due_s())
 
+    def decoding(self) -> tuple[int, int]:
+        """Sequences that decode here, and tokens of their KV."""
+        return self._decode.decoding()
+
     def load(self) -> LoadReport:
         """Both roles' load; a mixed pass is one sample."""
         prefill, decode = self._prefill.load(), self._decode.load()

@@ -294,7 +294,9 @@ class DecodeMachine:
         kv_tokens = sum(part.end for part in done.slices) + len(done.slices) * (len(seconds) - 1)
         self.samples.add_step(batch=len(done.slices), kv_tokens=kv_tokens, seconds=seconds[-1])
         self._pass_is_over(done)
-        for attempt, part, token_ids in zip(self._attempts.leave_plain(done, seconds), done.slices, results, strict=True):
+        for attempt, part, token_ids in zip(
+            self._attempts.leave_plain(done, seconds), done.slices, results, strict=True
+        ):
             attempt.count_computed(range(part.start, part.start + len(token_ids)))
             attempt.sequence.run(token_ids)
 
@@ -342,13 +344,17 @@ class DecodeMachine:
         """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""
         return self._attempts.tick_due_s(lambda a: a.phase in (Phase.WAITING, Phase.PARKED))
 
+    def decoding(self) -> tuple[int, int]:
+        """Sequences that have joined, and tokens of their KV."""
+        joined = [a.sequence.num_computed_tokens for a in self._attempts.live() if a.joined]
+        return len(joined), sum(joined)
+
     def load(self) -> LoadReport:
-        live = self._attempts.live()
-        joined = [a for a in live if a.joined]
+        running_sequences, kv_tokens = self.decoding()
         report = LoadReport(
-            queued_attempts=sum(a.phase is Phase.WAITING for a in live),
-            running_sequences=len(joined),
-            kv_tokens=sum(a.sequence.num_computed_tokens for a in joined),
+            queued_attempts=sum(a.phase is Phase.WAITING for a in self._attempts.live()),
+            running_sequences=running_sequences,
+            kv_tokens=kv_tokens,
             draining=self._attempts.draining,
             passes=self.samples.take(),
         )

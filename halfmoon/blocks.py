@@ -58,7 +58,12 @@ def block_hash(parent: BlockHash, token_ids: Sequence[int], salt: bytes = b"") -
     Raises:
         struct.error: if an id is not a u32.
     """
-    return _digest(parent, struct.pack(f"<{len(token_ids)}I", *token_ids), salt)
+    return packed_block_hash(parent, struct.pack(f"<{len(token_ids)}I", *token_ids), salt)
+
+
+def packed_block_hash(parent: BlockHash, packed: bytes, salt: bytes = b"") -> BlockHash:
+    """As `block_hash`, of ids that are little-endian u32 already."""
+    return _digest(parent, packed, salt)
 
 
 class BlockChain:

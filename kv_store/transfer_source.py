@@ -150,6 +150,11 @@ class Source:
     def num_grants(self) -> int:
         return self._book.num_grants
 
+    def check_deadlines(self, now_s: float) -> None:
+        """Assert that no grant was left standing past its deadline, as of a moment that every tick has seen."""
+        for serve in self._serves.values():
+            assert serve.ending or now_s <= serve.deadline_s, f"{serve.key}: granted past its deadline"
+
     def check_invariants(self) -> None:
         self._book.check_invariants(self._serves.values())
         self._attempts.check_invariants(set(self._serves))

@@ -148,9 +148,7 @@ class SequenceState:
     def num_plain_steps(self) -> int:
         """How many further tokens neither fill a block nor reach the longest output allowed."""
         size = self.block_size
-        return min(
-            size - 1 - self.num_computed_tokens % size, self.sampling.max_tokens - 1 - self.num_output_tokens
-        )
+        return min(size - 1 - self.num_computed_tokens % size, self.sampling.max_tokens - 1 - self.num_output_tokens)
 
     def run(self, token_ids: Sequence[int]) -> None:
         """As `advance(1)` and `append` for each of these tokens, which are at most `num_plain_steps`."""

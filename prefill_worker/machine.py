@@ -315,6 +315,10 @@ class PrefillMachine:
         """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""
         return self._attempts.tick_due_s(lambda a: not a.opened)
 
+    def decoding(self) -> tuple[int, int]:
+        """Sequences that decode here, and tokens of their KV: none."""
+        return 0, 0
+
     def load(self) -> LoadReport:
         live = [a for a in self._attempts.live() if not a.held]
         report = LoadReport(

@@ -1,0 +1,479 @@
+"""Pure: one worker process under the virtual clock: the real machine, cache and transfer protocol; the loop around them.
+
+Played here is what node/loop.py and kv_store/store.py do in a real process, in the same order; modelled are the engine,
+the copying of bytes, and the passing of time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+from core.messages import (
+    Command,
+    DrainCommand,
+    KvEvents,
+    LoadReport,
+    NodeInfo,
+    Snapshot,
+    SnapshotCommand,
+    Token,
+    TransferSample,
+    WorkerEvent,
+)
+from halfmoon.errors import IntegrityError, PeerLost, TransferError, TransferTimeout
+from halfmoon.types import Epoch, NodeId, Tier
+from kv_store import transfer_values as tv
+from kv_store.tiers import KvCache
+from kv_store.transfer import TransferMachine
+from kv_store.transfer_source import Tail
+from kv_store.values import Move
+from node.effects import AbortPull, Effect, Emit, HandOver, Pass, Report, StartPull, Withdraw, WorkerMachine
+from simulator.audit import Audit
+from simulator.compute import Compute, Cruise, EngineModel, SteadyEngine
+from simulator.wire import CONDUCTOR, Stream, Weather
+from simulator.world import World
+
+TICK_S = 0.1
+"""As node/loop.py's."""
+IDLE_TICKS = 50
+"""A transfer machine without transfers has nothing but records to forget, so it is asked this seldom."""
+HANGUP_S = 0.01
+"""Until the other side of a stream notices that it has ended."""
+LINK = tv.LinkTraits(name="simulated", two_sided=False)
+
+Event = Callable[[float], list[Effect]]
+
+
+class Machine(WorkerMachine, Protocol):
+    """A worker's machine that says when it has to be told the time, and how full it is."""
+
+    def tick_due_s(self) -> float: ...
+
+    def decoding(self) -> tuple[int, int]:
+        """Sequences that decode here, and tokens of their KV."""
+        ...
+
+
+class Physics(Protocol):
+    """How long things take, but for computing."""
+
+    def message_s(self) -> float:
+        """One message between two processes."""
+        ...
+
+    def move_s(self) -> float:
+        """One block between two tiers of a node; moves of a node do not wait for each other."""
+        ...
+
+    def copied_at_s(self, source: NodeId, target: NodeId, num_bytes: int, now_s: float) -> float:
+        """When a copy over the link that is asked for now is done. Books it."""
+        ...
+
+    def hash_s(self) -> float:
+        """The checksums of one request for them."""
+        ...
+
+
+class Matter(Protocol):
+    """The bytes, where somebody wants to see them."""
+
+    def move(self, move: Move) -> None: ...
+
+    def copy(self, source: Any, piece: tv.Piece, tier: Tier) -> None:
+        """One block from the arenas of `source` (another node's Matter) into this node's DEVICE."""
+        ...
+
+    def checksum(self, tier: Tier, slot: int) -> int: ...
+
+
+class Conductor(Protocol):
+    """Who listens to the nodes."""
+
+    def on_event(self, node: Node, event: WorkerEvent) -> None: ...
+
+    def on_tokens(self, node: Node, tokens: Sequence[Token]) -> None:
+        """One step's tokens have arrived."""
+        ...
+
+    def on_steps(self, node: Node, work: Pass, ids: Sequence[Sequence[int]], due_s: Sequence[float]) -> None:
+        """What the sequences of a pass gave in it and in the steps after it. Some may not be due yet."""
+        ...
+
+    def calm(self) -> bool:
+        """Nothing may befall single tokens on their way."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What one incarnation of a node is made of."""
+
+    info: NodeInfo
+    machine: Machine
+    cache: KvCache
+    engine: EngineModel
+    transfers: TransferMachine
+    matter: Matter | None = None
+    steady: bool = False  # machine and engine allow macro-steps
+    learn: bool = True  # the conductor is told of what was measured
+    audit: Audit | None = None  # and invariants are checked after every event
+    report_interval_s: float = 0.25
+    report_offset_s: float = 0.0
+
+
+class Peers:
+    """Every node by name: its last incarnation."""
+
+    def __init__(self, weather: Weather | None = None) -> None:
+        self.nodes: dict[NodeId, Node] = {}
+        self.weather = weather
+
+    def parted(self, one: NodeId, other: NodeId) -> bool:
+        """No byte passes between the two now."""
+        return self.weather is not None and self.weather.parted(one, other)
+
+
+class Node:
+    """One incarnation. Whoever kills it makes the next one.
+
+    Attributes:
+        counts: of what happened here, beside the transfers' own.
+    """
+
+    def __init__(self, world: World, peers: Peers, physics: Physics, conductor: Conductor, parts: Parts) -> None:
+        self.world, self.peers, self.physics, self.conductor = world, peers, physics, conductor
+        self.info, self.machine, self.cache, self.transfers = parts.info, parts.machine, parts.cache, parts.transfers
+        self.matter = parts.matter
+        self.alive = True
+        self.num_moves_out = 0
+        self.counts: Counter[str] = Counter()
+        self.stamps: dict[tuple[Tier, int], int] = {}
+        self.sessions: dict[tv.SessionId, tuple[Node, tv.SessionId, Stream]] = {}
+        self.commands = Stream(world, (CONDUCTOR, self.node_id), physics.message_s, peers.weather)
+        self.events = Stream(world, (self.node_id, CONDUCTOR), physics.message_s, peers.weather)
+        self.tokens = Stream(world, (self.node_id, CONDUCTOR), physics.message_s, peers.weather)
+        self.stale_s = 0.0  # how late news of blocks are
+        self.compute = self._compute_of(parts, len(peers.nodes))
+        self._learn = parts.learn
+        self._audit = parts.audit
+        self._interval_s = parts.report_interval_s
+        self._report_at_s = world.now_s + parts.report_offset_s
+        self._busy = False
+        self._inbox: deque[Event] = deque()
+        self._serving = False
+        self._ticks = 0
+        self._samples: list[TransferSample] = []
+        peers.nodes[self.node_id] = self
+        self._tick()
+        world.at(self._report_at_s, self._report_if_due)
+
+    def _compute_of(self, parts: Parts, rank: int) -> Compute:
+        if not parts.steady:
+            return Compute(self.world, parts.engine, rank, self._computed)
+        engine: SteadyEngine = parts.engine  # type: ignore[assignment]
+        machine: Any = parts.machine
+        return Cruise(self.world, engine, rank, self._computed, machine, self._on_steps, self.conductor.calm)
+
+    def __str__(self) -> str:
+        attempts = [str(a) for a in self.machine.attempts()]
+        return f"{self.node_id}: attempts {attempts}, {self.cache.counts(Tier.DEVICE)}"
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.info.node_id
+
+    @property
+    def epoch(self) -> Epoch:
+        return self.info.epoch
+
+    @property
+    def at_rest(self) -> bool:
+        return not self.machine.attempts() and self.transfers.quiescent and not self.num_moves_out
+
+    # ---- from outside ----
+
+    def command(self, command: Command) -> None:
+        """A command has arrived."""
+        if isinstance(command, SnapshotCommand):
+            self.serve(lambda now_s: [Report(event=self.snapshot())])
+        elif isinstance(command, DrainCommand):
+            self.machine.drain()
+        else:
+            self.serve(partial(self.machine.on_command, command))
+
+    def kill(self) -> None:
+        """The process is gone: peers see their streams end, and everything it held is lost."""
+        self.settle()
+        self.alive = False
+        self.compute.stop()
+        self._inbox.clear()
+        for session in list(self.sessions):
+            self.cut(session, f"{self.node_id} died")
+
+    def snapshot(self) -> Snapshot:
+        """Everything held now; news not yet sent goes first, so that ids are consecutive."""
+        self.settle()
+        self._collect()
+        return Snapshot(
+            info=self.info,
+            last_event_id=self.cache.last_event_id,
+            blocks=self.cache.snapshot(),
+            attempts=self.machine.attempts(),
+        )
+
+    def settle(self) -> None:
+        """Bring this node's books up to now."""
+        if self.alive:
+            self.compute.settle()
+
+    # ---- the loop ----
+
+    def serve(self, event: Event) -> None:
+        """Something happened: tell the machine, do what it wants, compute if it can."""
+        if self.alive:
+            self._inbox.append(event)
+            self._serve()
+
+    def _serve(self) -> None:
+        if self._serving or not self._inbox:
+            return
+        self._serving = True
+        self.compute.settle()
+        while self._inbox:
+            self._perform(self._inbox.popleft()(self.world.now_s))
+        self._compute_next()
+        self._serving = False
+        if self._inbox:
+            self._serve()
+        if self._audit is not None:
+            self.check()
+
+    def check(self) -> None:
+        self.cache.check_invariants()
+        self.transfers.check_invariants()
+        self.transfers.source.check_deadlines(self.world.now_s - 2 * TICK_S)
+
+    def _compute_next(self) -> None:
+        """Begin a pass, if none is out; else see whether the one that is out, and those planned, still stand."""
+        if self.compute.work is not None:
+            self.compute.replan()
+            return
+        work = self.machine.decide(self.world.now_s)
+        self._collect()
+        if work is None:
+            return
+        if not self._busy:
+            self._busy = True
+            self._report()
+        self.compute.begin(work)
+
+    def _computed(self, work: Pass, seconds: float) -> None:
+        results = self.compute.engine.results(work)
+        self.serve(partial(self.machine.account, work, results, seconds))
+
+    def _tick(self) -> None:
+        """Deadlines, where there may be any."""
+        if not self.alive:
+            return
+        self._ticks += 1
+        if self.machine.tick_due_s() <= self.world.now_s:
+            self.serve(self.machine.on_tick)
+        if not self.transfers.quiescent or self._ticks % IDLE_TICKS == 0:
+            self.transfer("on_tick")
+        self.world.after(TICK_S, self._tick)
+
+    def _perform(self, effects: Sequence[Effect]) -> None:
+        """As NodeLoop: tokens first, then what the cache has to announce, then the rest in order."""
+        if self._audit is not None:
+            self._audit.done(effects)
+        tokens = [effect.token for effect in effects if isinstance(effect, Emit)]
+        if tokens:
+            self.tokens.send(partial(self.conductor.on_tokens, self, tokens))
+        self._collect()
+        for effect in effects:
+            match effect:
+                case Report():
+                    self.report(effect.event)
+                case StartPull():
+                    self.transfer("start_pull", effect.spec)
+                case AbortPull():
+                    self.transfer("abort_pull", effect.transfer_id, effect.reason)
+                case HandOver():
+                    tail = Tail(index=effect.tail_index, slot=effect.tail_slot, num_tokens=effect.tail_tokens)
+                    self.transfer("hand_over", effect.attempt_id, tail)
+                case Withdraw():
+                    self.transfer("withdraw", effect.attempt_id)
+
+    def _collect(self) -> None:
+        moves = self.cache.take_moves()
+        for move in moves:
+            self.num_moves_out += 1
+            self.world.after(self.physics.move_s(), partial(self._move, move))
+        news = self.cache.take_events()
+        if news is not None:
+            self.report(news)
+            ready = [copy.block_hash for copy in news.stored if copy.tier is Tier.DEVICE]
+            if ready:
+                self.transfer("on_ready", ready)
+
+    def report(self, event: WorkerEvent) -> None:
+        if isinstance(event, KvEvents):
+            self.counts["blocks_stored"] += len(event.stored)
+            self.counts["blocks_removed"] += len(event.removed)
+            if self.stale_s:
+                self.world.after(self.stale_s, partial(self.conductor.on_event, self, event))
+                return
+        self.events.send(partial(self.conductor.on_event, self, event))
+
+    def _move(self, move: Move) -> None:
+        if self.matter is not None:
+            self.matter.move(move)
+        self.num_moves_out -= 1
+        self.serve(partial(self.machine.on_moved, [move]))
+
+    def _on_steps(self, work: Pass, ids: Sequence[Sequence[int]], ends_s: Sequence[float]) -> None:
+        if self._audit is not None:
+            self._audit.spoke(work.attempts)
+        self.conductor.on_steps(self, work, ids, [self.tokens.due_s(end_s) for end_s in ends_s])
+
+    # ---- load reports ----
+
+    def _report_if_due(self) -> None:
+        if not self.alive:
+            return
+        if self.world.now_s >= self._report_at_s:
+            self._report()
+        self.world.at(self._report_at_s, self._report_if_due)
+
+    def _report(self) -> None:
+        self._report_at_s = self.world.now_s + self._interval_s
+        load = self.load()
+        self._busy = load.running_sequences + load.queued_attempts > 0 or self.compute.work is not None
+        self.report(load)
+
+    def load(self) -> LoadReport:
+        """State now; takes the samples collected since the last call."""
+        self.settle()
+        load = self.machine.load()
+        if self._samples:
+            load = replace(load, transfers=tuple(self._samples))
+            self._samples.clear()
+        return load if self._learn else replace(load, passes=(), transfers=())
+
+    # ---- transfers ----
+
+    def transfer(self, event: str, *args: Any) -> None:
+        """Tell the transfer machine, perform what it wants before anything else happens, then serve what came of it."""
+        if self.alive:
+            for effect in getattr(self.transfers, event)(*args, self.world.now_s):
+                self._perform_transfer(effect)
+            self._serve()
+            if self._audit is not None and not self._serving:
+                self.check()
+
+    def _perform_transfer(self, effect: tv.Effect) -> None:
+        match effect:
+            case tv.Dial():
+                self.world.after(2 * self.physics.message_s(), partial(self._dial, effect))
+            case tv.Hangup():
+                self.cut(effect.session, effect.reason)
+            case tv.Tell():
+                link = self.sessions.get(effect.session)
+                if link is not None:
+                    link[2].send(partial(link[0]._hear, link[1], effect.message))
+            case tv.Receive():
+                self._begin_receive(effect)
+            case tv.Hash():
+                self.world.after(self.physics.hash_s(), partial(self._hash, effect))
+            case tv.Stamp():
+                self.stamps[effect.tier, effect.slot] = effect.stamp
+            case tv.Arrived():
+                self._inbox.append(partial(self.machine.on_pull_arrived, effect.transfer_id, effect.indices))
+            case tv.Ended():
+                self._ended(effect)
+            case tv.HandedOver():
+                self._inbox.append(partial(self.machine.on_handed_over, effect.attempt_id))
+            case tv.Withdrawn():
+                self._inbox.append(partial(self.machine.on_withdrawn, effect.attempt_id))
+            case tv.Transmit():
+                raise AssertionError("the link is one-sided")
+
+    def _ended(self, effect: tv.Ended) -> None:
+        ended = effect.ended
+        if ended.num_bytes and effect.busy_s > 0.0:
+            sample = TransferSample(
+                source=effect.source, link=ended.link, num_bytes=ended.num_bytes, seconds=effect.busy_s
+            )
+            self._samples.append(sample)
+            self.counts["bytes_pulled"] += ended.num_bytes
+        self._inbox.append(partial(self.machine.on_pull_ended, ended))
+
+    def _dial(self, dial: tv.Dial) -> None:
+        peer = self.peers.nodes.get(dial.node_id)
+        if not self.alive:
+            return
+        if peer is None or not peer.alive or peer.epoch != dial.epoch or self.peers.parted(self.node_id, peer.node_id):
+            self.transfer("on_lost", dial.session, PeerLost(f"{dial.node_id} is not there"))
+            return
+        theirs = peer.transfers.next_session()
+        self.sessions[dial.session] = (peer, theirs, self._stream_to(peer))
+        peer.sessions[theirs] = (self, dial.session, peer._stream_to(self))
+        peer.transfer("on_accepted", theirs, self.node_id, self.epoch)
+        if dial.session in self.sessions:
+            self.transfer("on_open", dial.session, {Tier.DEVICE: LINK, Tier.DRAM: LINK})
+
+    def _stream_to(self, peer: Node) -> Stream:
+        return Stream(self.world, (self.node_id, peer.node_id), self.physics.message_s, self.peers.weather)
+
+    def _hear(self, session: tv.SessionId, message: tv.Message) -> None:
+        if session in self.sessions:
+            self.transfer("on_message", session, message)
+
+    def cut(self, session: tv.SessionId, reason: str) -> None:
+        """End a stream; the other side notices a moment later."""
+        link = self.sessions.pop(session, None)
+        if link is not None:
+            peer, theirs, _ = link
+            peer.sessions.pop(theirs, None)
+            self.world.after(HANGUP_S, partial(peer.transfer, "on_lost", theirs, PeerLost(reason)))
+
+    def _begin_receive(self, receive: tv.Receive) -> None:
+        link = self.sessions.get(receive.session)
+        if link is None:
+            self.world.after(0.0, partial(self._received, receive, None, PeerLost("the stream is gone")))
+            return
+        now_s, source = self.world.now_s, link[0]
+        num_bytes = len(receive.batch.pieces) * self.info.block_bytes
+        done_s = self.physics.copied_at_s(source.node_id, self.node_id, num_bytes, now_s)
+        late = TransferTimeout(f"{receive.batch.transfer_id}: {num_bytes} bytes in {receive.timeout_s:.3f} s")
+        error = late if done_s > now_s + receive.timeout_s or self.peers.parted(self.node_id, source.node_id) else None
+        due_s = now_s + receive.timeout_s if error is not None else done_s
+        self.world.at(due_s, partial(self._received, receive, source, error))
+
+    def _received(self, receive: tv.Receive, source: Node | None, error: TransferError | None) -> None:
+        if error is None and (receive.session not in self.sessions or source is None or not source.alive):
+            error = PeerLost("the stream is gone")
+        if error is None and source is not None:
+            error = self._copy(source, receive.batch)
+        self.transfer("on_received", receive.batch.batch, error)
+
+    def _copy(self, source: Node, batch: tv.Batch) -> IntegrityError | None:
+        """As a one-sided link does: copy, then look at the headers, then at the checksums."""
+        for piece in batch.pieces:
+            if self.matter is not None:
+                self.matter.copy(source.matter, piece, batch.tier)
+            if source.stamps.get((batch.tier, piece.slot)) != piece.stamp:
+                return IntegrityError(f"block {piece.index}: the header changed")
+            if self.matter is not None and piece.checksum != self.matter.checksum(Tier.DEVICE, piece.target):
+                return IntegrityError(f"block {piece.index}: the checksum is wrong")
+        return None
+
+    def _hash(self, effect: tv.Hash) -> None:
+        if self.matter is None:
+            return
+        checksums = {index: self.matter.checksum(tier, slot) for index, tier, slot in effect.items}
+        self.transfer("on_hashed", effect.session, effect.transfer_id, checksums)

@@ -174,8 +174,9 @@ class ConductorMachine:
         desk = self._desk
         self._membership.tick(now_s)
         for request in list(desk.requests.values()):
-            for timer in request.due(now_s):
-                self._on_timer(request, timer, now_s)
+            if min(request.timers.values()) <= now_s:  # as `due` tells, which costs more
+                for timer in request.due(now_s):
+                    self._on_timer(request, timer, now_s)
         for key in [key for key, due_s in desk.closing.items() if due_s <= now_s]:
             del desk.closing[key]
             desk.counters["closed_missing"] += 1

@@ -27,8 +27,8 @@ class Verdict(enum.StrEnum):
 class StreamLog:
     """Tokens 0, 1, 2, … of one request, whatever attempt emitted them; only the current attempt may append.
 
-    Only ids are kept. Invariants: `token_ids[i]` is the token of index i; after a token with a finish reason nothing is accepted.
-    Memory: at most max_tokens tokens and AHEAD_MAX kept ahead.
+    Invariants: `token_ids[i]` is the token of index i; after a token with a finish reason nothing is accepted.
+    Memory: at most max_tokens ids, and AHEAD_MAX tokens kept ahead.
     """
 
     def __init__(self) -> None:

@@ -62,6 +62,9 @@ SECONDS_MIN = 1e-9
 SOLVE_EVERY = 16
 """Samples that may share one solution, when nobody asks in between; the first few get one each."""
 
+SHARE_NEW = 1 / 64
+"""Of all samples: so few new ones change the solution so little that it is not worth making anew when somebody asks."""
+
 DIAGONAL_STRETCH = 1.0 + 1e-12
 """Keeps the normal equations definite beyond rounding, whatever the scale of the prior."""
 
@@ -162,7 +165,7 @@ class LinearFit:
     @property
     def coefficients(self) -> tuple[float, ...]:
         """Of all samples so far; each at or above zero."""
-        if self._unsolved:
+        if self._unsolved > SHARE_NEW * self.samples:
             self._solve()
         return self._coefficients
 

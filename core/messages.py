@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from halfmoon.blocks import Fingerprint
 from halfmoon.types import AttemptId, BlockHash, Epoch, FinishReason, NodeId, Role, SamplingParams, Tier
@@ -157,8 +158,7 @@ class AttemptStats:
     decode_prefilled_tokens: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockCopy:
+class BlockCopy(NamedTuple):
     block_hash: BlockHash
     tier: Tier
 
@@ -341,15 +341,14 @@ class TokenLogprob:
     logprob: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Token:
+class Token(NamedTuple):
     """One emitted token. `index` counts the request's output tokens over all attempts, from 0.
 
     `stats` rides on the first token of a prefill worker and on the last token of a decode worker.
     """
 
     attempt_id: AttemptId
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     token_id: int
     logprob: float = 0.0
     top_logprobs: tuple[TokenLogprob, ...] = ()

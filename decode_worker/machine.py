@@ -6,6 +6,7 @@ from DRAM), and its first token (StartCommand). Prompt tokens are never computed
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,8 @@ from node.effects import Effect, Emit, Pass
 from node.measures import Samples, with_cache_room
 from node.sequence import Namer, SequenceState, namer, token_of
 
-
+WAITS = (Phase.WAITING, Phase.PARKED)
+"""For room."""
 PLAIN_STEPS_MAX = 4096
 """Of one answer of `plain_steps`; more are asked for again."""
 
@@ -92,6 +94,7 @@ class DecodeMachine:
         )
         self._room = Room(cache, self._attempts)
         self._pass: Pass | None = None
+        self._waits = False  # somebody, for room
 
     # ---- commands ----
 
@@ -278,27 +281,31 @@ class DecodeMachine:
                 if attempt.ending:
                     return 0
                 num_in_pass += 1
-                plain = min(plain, attempt.sequence.num_plain_steps)
-            elif not attempt.ending and (attempt.runnable or attempt.phase in (Phase.WAITING, Phase.PARKED)):
+                steps = attempt.sequence.num_plain_steps
+                plain = min(plain, steps)
+            elif not attempt.ending and (attempt.runnable or attempt.phase in WAITS):
                 return 0
         assert num_in_pass == len(self._pass.attempts)
         return plain
 
-    def account_plain(self, done: Pass, results: Sequence[Sequence[int]], seconds: Sequence[float]) -> None:
-        """As `account` and `decide` in turns, for the plain steps that took `seconds` each; `decide` is next.
+    def account_plain(self, done: Pass, results: Sequence[Sequence[int]], seconds: Sequence[float]) -> Pass:
+        """As `account` and `decide` in turns, for the plain steps that took `seconds` each. Returns the next step.
 
         Args:
             results: the tokens of each sequence of the pass, one for each step. They have to be emitted.
         """
-        assert 0 < len(seconds) <= self.plain_steps()
-        kv_tokens = sum(part.end for part in done.slices) + len(done.slices) * (len(seconds) - 1)
-        self.samples.add_step(batch=len(done.slices), kv_tokens=kv_tokens, seconds=seconds[-1])
         self._pass_is_over(done)
-        for attempt, part, token_ids in zip(
-            self._attempts.leave_plain(done, seconds), done.slices, results, strict=True
-        ):
+        kv_tokens = sum([part.end for part in done.slices]) + len(done.slices) * (len(seconds) - 1)
+        self.samples.add_step(batch=len(done.slices), kv_tokens=kv_tokens, seconds=seconds[-1])
+        slices = []
+        for attempt, part, token_ids in zip(self._attempts.of_pass(done), done.slices, results, strict=True):
+            for one_s in seconds:  # one by one: a sum would round differently
+                attempt.compute_s += one_s
             attempt.count_computed(range(part.start, part.start + len(token_ids)))
             attempt.sequence.run(token_ids)
+            slices.append(attempt.sequence.next_slice(1))
+        self._pass = Pass(attempts=done.attempts, slices=tuple(slices))
+        return self._pass
 
     def on_pass_failed(self, failed: Pass, message: str, now_s: float) -> list[Effect]:
         self._pass_is_over(failed)
@@ -342,7 +349,7 @@ class DecodeMachine:
 
     def tick_due_s(self) -> float:
         """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""
-        return self._attempts.tick_due_s(lambda a: a.phase in (Phase.WAITING, Phase.PARKED))
+        return -math.inf if self._waits else self._attempts.expire_due_s
 
     def decoding(self) -> tuple[int, int]:
         """Sequences that have joined, and tokens of their KV."""
@@ -365,7 +372,11 @@ class DecodeMachine:
 
     def effects(self, now_s: float) -> list[Effect]:
         """What was decided, after using whatever room the last event has made: for the preempted first."""
-        for attempt in self._room.resume(now_s):
-            self._join_if_complete(attempt, now_s)
-        self._admit_waiting(now_s)
+        if any(a.phase in WAITS for a in self._attempts.all()):
+            for attempt in self._room.resume(now_s):
+                self._join_if_complete(attempt, now_s)
+            self._admit_waiting(now_s)
+            self._waits = any(a.phase in WAITS for a in self._attempts.live())
+        else:
+            self._waits = False
         return self._attempts.take_effects()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from halfmoon.blocks import Fingerprint
 from halfmoon.types import SamplingParams
@@ -42,8 +42,7 @@ class ModelInfo:
     context_tokens_max: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Slice:
+class Slice(NamedTuple):
     """One sequence's part of a pass: compute positions [start, start + len(token_ids)).
 
     Args:

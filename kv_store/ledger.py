@@ -231,9 +231,9 @@ class Ledger:
         """Bring state, counts, free list, policy and children in line with the slot's facts."""
         slot = self._slots[number]
         old, new = slot.state, self._derive(slot)
-        (self._held.add if slot.holders else self._held.discard)(number)
         if old is new:
             return
+        (self._held.add if slot.holders else self._held.discard)(number)
         slot.state = new
         self._counts[old] -= 1
         self._counts[new] += 1

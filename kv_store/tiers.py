@@ -76,6 +76,10 @@ class KvCache:
         """Slots by state name."""
         return self._tiers.ledgers[tier].counts()
 
+    def free(self, tier: Tier) -> int:
+        """Slots that an allocation could get without evicting anything."""
+        return self._tiers.ledgers[tier].num_free
+
     def available(self, tier: Tier) -> int:
         """Slots that an allocation could get now or after pending moves: free + evictable + evicting."""
         return self._tiers.ledgers[tier].num_available

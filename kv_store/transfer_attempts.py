@@ -7,6 +7,7 @@ answered once, when no pull of the attempt is left.
 from __future__ import annotations
 
 import enum
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -115,6 +116,11 @@ class Attempts:
         for attempt_id, attempt in list(self._attempts.items()):
             if attempt.outcome is None and not attempt.serves and now_s >= attempt.expires_s:
                 del self._attempts[attempt_id]
+
+    def due_s(self) -> float:
+        """When `on_tick` next forgets one."""
+        bare = [a.expires_s for a in self._attempts.values() if a.outcome is None and not a.serves]
+        return min(bare, default=math.inf)
 
     def check_invariants(self, serves: set[ServeKey]) -> None:
         for attempt in self._attempts.values():

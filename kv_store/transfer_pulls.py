@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,15 @@ class SinkSession:
     group: int = 1
     heard_s: float = 0.0
     pinged_s: float = 0.0
+
+    due_s: float = math.inf  # no deadline is earlier, and no ping
+
+    def look_ahead(self, ping_interval_s: float) -> None:
+        """Set `due_s` anew. Whoever makes an earlier deadline lowers it; signs of life only put it off."""
+        dues = [p.deadline_s if p.error is None else p.abort_by_s for p in self.pulls.values()]
+        if self.open and dues:
+            dues.append(self.pinged_s + ping_interval_s)
+        self.due_s = min(dues, default=math.inf)
 
 
 def overlap(pull: PullState) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from halfmoon.types import Epoch, NodeId, Tier, TransferId
@@ -70,3 +71,8 @@ class SourceSession:
     heard_s: float
     serves: dict[TransferId, Serve] = field(default_factory=dict)
     num_sending: int = 0
+
+    def due_s(self, silence_s_max: float) -> float:
+        """The earliest deadline. Whoever makes an earlier one says so; signs of life only put it off."""
+        dues = [s.abort_by_s if s.ending else s.deadline_s for s in self.serves.values()]
+        return min([*dues, self.heard_s + silence_s_max]) if dues else math.inf

@@ -58,6 +58,7 @@ class Sink:
         session = self._session(spec, now_s)
         self._pulls[spec.transfer_id] = (pull, session.session)
         session.pulls[spec.transfer_id] = pull
+        session.due_s = min(session.due_s, pull.deadline_s)
         if session.open:
             self._ask(session, pull, now_s)
 
@@ -132,10 +133,13 @@ class Sink:
 
     def on_tick(self, now_s: float) -> None:
         for session in list(self._sessions.values()):
+            if now_s < session.due_s:
+                continue
             for pull in list(session.pulls.values()):
                 self._check_deadlines(session, pull, now_s)
             if session.session in self._sessions:
                 self._check_liveness(session, now_s)
+                session.look_ahead(self._limits.ping_interval_s)
 
     # ---- state ----
 
@@ -179,14 +183,8 @@ class Sink:
             )
             self._sessions[session.session] = session
             self._by_peer[peer] = session.session
-            self._emit(
-                tv.Dial(
-                    session=session.session,
-                    node_id=spec.source,
-                    epoch=spec.source_epoch,
-                    address=spec.source_address,
-                )
-            )
+            name, address = session.session, spec.source_address
+            self._emit(tv.Dial(session=name, node_id=spec.source, epoch=spec.source_epoch, address=address))
         return self._sessions[self._by_peer[peer]]
 
     def _ask(self, session: SinkSession, pull: PullState, now_s: float) -> None:
@@ -194,6 +192,7 @@ class Sink:
         pull.asked = True
         if len(session.pulls) == 1:
             session.heard_s = session.pinged_s = now_s  # silence is counted only while something is asked
+        session.due_s = min(session.due_s, session.pinged_s + self._limits.ping_interval_s)
         wants = tuple(tv.Wanted(index=w.index, block_hash=w.block_hash, num_tokens=w.num_tokens) for w in spec.wants)
         self._tell(
             session,
@@ -291,10 +290,8 @@ class Sink:
         pull.link = link.name
         if link.two_sided:
             indices = tuple(g.index for g in grants)
-            self._tell(
-                session,
-                tv.Go(transfer_id=batch.transfer_id, batch=batch.batch, group=batch.group, indices=indices),
-            )
+            go = tv.Go(transfer_id=batch.transfer_id, batch=batch.batch, group=batch.group, indices=indices)
+            self._tell(session, go)
         timeout_s = min(self._limits.link_timeout_s, max(0.0, pull.deadline_s - now_s))
         self._emit(tv.Receive(session=session.session, batch=batch, timeout_s=timeout_s))
 
@@ -338,6 +335,7 @@ class Sink:
         pull.error = error
         pull.granted.clear()
         pull.abort_by_s = now_s + self._limits.abort_timeout_s
+        session.due_s = min(session.due_s, pull.abort_by_s)
         if pull.asked:
             self._tell(session, tv.Abort(transfer_id=pull.spec.transfer_id, reason=str(error)))
         else:

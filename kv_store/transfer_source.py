@@ -10,6 +10,7 @@ aborts it; either may be called before the pull is known.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -36,6 +37,7 @@ class Source:
         self._sessions: dict[SessionId, SourceSession] = {}
         self._serves: dict[ServeKey, Serve] = {}
         self._transmits: dict[tuple[SessionId, int], tuple[Serve, tuple[int, ...]]] = {}
+        self._tick_due_s = -math.inf  # before then, `on_tick` has nothing to do
         self.counts: Counter[str] = Counter()
 
     # ---- the node says ----
@@ -131,6 +133,8 @@ class Source:
         self._release_if_quiescent(serve, now_s)
 
     def on_tick(self, now_s: float) -> None:
+        if now_s < self._tick_due_s:
+            return
         for serve in list(self._serves.values()):
             if not serve.ending and now_s >= serve.deadline_s:
                 self._expire(serve, now_s)
@@ -139,6 +143,9 @@ class Source:
         self._attempts.on_tick(now_s)
         for session in list(self._sessions.values()):
             self._check_liveness(session, now_s)
+        silence_s = self._limits.silence_s_max
+        self._tick_due_s = min([s.due_s(silence_s) for s in self._sessions.values()], default=math.inf)
+        self._tick_due_s = min(self._tick_due_s, self._attempts.due_s())
 
     # ---- state ----
 
@@ -177,6 +184,7 @@ class Source:
             open_wants={want.index: want for want in pull.wants},
         )
         self._serves[serve.key] = session.serves[pull.transfer_id] = serve
+        self._tick_due_s = min(self._tick_due_s, serve.deadline_s, now_s + self._limits.silence_s_max)
         self._book.await_all(serve)
         self._begin(serve, now_s)
 
@@ -240,13 +248,8 @@ class Source:
             items = to_hash[start : start + self._limits.hash_blocks_max]
             for index in items:
                 serve.held[index].hashing = True
-            self._emit(
-                tv.Hash(
-                    session=serve.session,
-                    transfer_id=serve.pull.transfer_id,
-                    items=tuple((i, serve.held[i].tier, serve.held[i].slot) for i in items),
-                )
-            )
+            named = tuple((i, serve.held[i].tier, serve.held[i].slot) for i in items)
+            self._emit(tv.Hash(session=serve.session, transfer_id=serve.pull.transfer_id, items=named))
 
     def _grant(self, serve: Serve, indices: Sequence[int]) -> None:
         if not indices:
@@ -255,16 +258,7 @@ class Source:
         for index in indices:
             held = serve.held[index]
             held.granted = True
-            grants.append(
-                tv.Grant(
-                    index=index,
-                    tier=held.tier,
-                    slot=held.slot,
-                    stamp=held.stamp,
-                    checksum=held.checksum,
-                    num_bytes=self._block_bytes,
-                )
-            )
+            grants.append(tv.Grant(index, held.tier, held.slot, held.stamp, held.checksum, self._block_bytes))
         self._tell(serve.session, tv.Granted(transfer_id=serve.pull.transfer_id, grants=tuple(grants)))
 
     # ---- what the sink answers ----
@@ -344,6 +338,7 @@ class Source:
             return
         self._stop(serve)
         serve.abort_by_s = now_s + self._limits.abort_timeout_s
+        self._tick_due_s = min(self._tick_due_s, serve.abort_by_s)
         self._tell(serve.session, tv.Abort(transfer_id=serve.pull.transfer_id, reason=reason))
 
     def _stop(self, serve: Serve) -> None:

@@ -7,7 +7,7 @@ arrive in order or, with the stream, not at all. Only durations cross it, never 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NewType, Protocol
+from typing import NamedTuple, NewType, Protocol
 
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, Tier, TransferId
 from kv_store.values import Place, PullEnded
@@ -56,11 +56,10 @@ class TransferLimits:
 # ---- messages: sink -> source --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
+class Wanted(NamedTuple):
     """One block asked for; `block_hash` None: the partial tail of the attempt."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     block_hash: BlockHash | None
     num_tokens: int
 
@@ -96,8 +95,7 @@ class Ack:
 # ---- messages: source -> sink --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grant:
+class Grant(NamedTuple):
     """Permission to read one slot.
 
     Args:
@@ -105,7 +103,7 @@ class Grant:
         checksum: xxh3-64 of the slot's bytes; None: the sink did not ask for verification.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     tier: Tier
     slot: int
     stamp: int
@@ -166,11 +164,10 @@ Message = Pull | Go | Ack | Granted | Missing | SourceDone | Abort | Aborted | P
 # ---- what a batch is -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """One block of a batch: the source's slot, and at the sink also the slot that it goes to."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     slot: int
     stamp: int
     checksum: int | None
@@ -254,8 +251,7 @@ class Hash:
     items: tuple[tuple[int, Tier, int], ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stamp:
+class Stamp(NamedTuple):
     """Write a slot's header, at once: 0 revokes. Performed before anybody else may write the slot."""
 
     tier: Tier

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from halfmoon.errors import TransferError
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, Tier, TransferId
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(NamedTuple):
     """A slot of one tier, and the generation of its content: it rises each time the slot is given away."""
 
     tier: Tier
@@ -44,8 +44,7 @@ class Opened:
     loading: frozenset[int]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Want:
+class Want(NamedTuple):
     """One block that a pull asks for.
 
     Args:
@@ -55,7 +54,7 @@ class Want:
         slot: this node's DEVICE slot for it: owned by the puller, not visible until it commits it.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
     block_hash: BlockHash | None
     num_tokens: int
     slot: int

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -138,6 +138,7 @@ class Attempts(Generic[A]):
     def __init__(self, cache: KvCache, *, node_id: NodeId, attempts_max: int, numbers: AttemptNumbers) -> None:
         self.draining = False
         self.num_ignored = 0
+        self.expire_due_s = math.inf  # no live attempt's deadline is earlier
         self._node_id = node_id
         self._cache = cache
         self._attempts_max = attempts_max
@@ -159,11 +160,6 @@ class Attempts(Generic[A]):
     def all(self) -> Sequence[A]:
         """The ending ones too, most urgent first; borrowed, until the next call that changes anything."""
         return self._by_urgency
-
-    def tick_due_s(self, waits: Callable[[A], bool]) -> float:
-        """Before this moment `expire` would end nobody, and none of these `waits` for what other events may bring."""
-        live = self.live()
-        return -math.inf if any(map(waits, live)) else min([a.deadline_at_s for a in live], default=math.inf)
 
     def live(self) -> list[A]:
         """Those not ending, most urgent first."""
@@ -213,6 +209,7 @@ class Attempts(Generic[A]):
         attempt.order = self._arrivals
         self._live[attempt.attempt_id] = attempt
         insort(self._by_urgency, attempt, key=lambda a: a.urgency)
+        self.expire_due_s = min(self.expire_due_s, attempt.deadline_at_s)
         self._numbers.note(attempt.attempt_id)
 
     def forget(self, attempt: A) -> None:
@@ -252,9 +249,18 @@ class Attempts(Generic[A]):
         self._end(attempt, reason, now_s)
 
     def expire(self, now_s: float) -> None:
+        if now_s < self.expire_due_s:
+            return
         for attempt in self.live():
             if now_s >= attempt.deadline_at_s:
                 self.fail(attempt, FailureKind.DEADLINE, attempt.deadline_means, now_s)
+        self.expire_due_s = min([a.deadline_at_s for a in self.live()], default=math.inf)
+
+    def shorten(self, attempt: A, deadline_at_s: float, means: str) -> None:
+        """Give it an earlier deadline, if it is one, for another reason."""
+        attempt.deadline_at_s = min(attempt.deadline_at_s, deadline_at_s)
+        attempt.deadline_means = means
+        self.expire_due_s = min(self.expire_due_s, attempt.deadline_at_s)
 
     def _end(self, attempt: A, reason: str, now_s: float) -> None:
         attempt.ending = True
@@ -286,16 +292,9 @@ class Attempts(Generic[A]):
         """The pass is over. Returns its attempts in order; None for one that has ended meanwhile, and is released."""
         return [self._left_pass(self._live[attempt_id], seconds, now_s) for attempt_id in over.attempts]
 
-    def leave_plain(self, over: Pass, seconds: Sequence[float]) -> list[A]:
-        """As `leave_pass` after each of several passes of the same attempts, none of which is ending."""
-        attempts = [self._live[attempt_id] for attempt_id in over.attempts]
-        for attempt in attempts:
-            assert attempt.in_pass
-            assert not attempt.ending
-            attempt.in_pass = False
-            for one_s in seconds:  # one by one: a sum would round differently
-                attempt.compute_s += one_s
-        return attempts
+    def of_pass(self, work: Pass) -> list[A]:
+        """The attempts of a pass that is out, in order."""
+        return [self._live[attempt_id] for attempt_id in work.attempts]
 
     def _left_pass(self, attempt: A, seconds: float, now_s: float) -> A | None:
         assert attempt.in_pass, "released in mid-pass"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from core.messages import Command, LoadReport, Token, WorkerEvent
 from engine.protocol import Sampled, Slice
@@ -19,8 +19,7 @@ class Report:
     event: WorkerEvent
 
 
-@dataclass(frozen=True, kw_only=True)
-class Emit:
+class Emit(NamedTuple):
     """Send to a front end; the shell gathers one step's tokens into one message."""
 
     front_end: str

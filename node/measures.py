@@ -57,10 +57,10 @@ class Samples:
 
 def with_cache_room(report: LoadReport, cache: KvCache) -> LoadReport:
     """The report, completed with what the cache says of its tiers. (The block store measures transfers.)"""
-    device = cache.counts(Tier.DEVICE)
+    free = cache.free(Tier.DEVICE)
     return replace(
         report,
-        free_device_blocks=device["free"],
-        evictable_device_blocks=cache.available(Tier.DEVICE) - device["free"],
-        free_dram_blocks=cache.counts(Tier.DRAM)["free"],
+        free_device_blocks=free,
+        evictable_device_blocks=cache.available(Tier.DEVICE) - free,
+        free_dram_blocks=cache.free(Tier.DRAM),
     )

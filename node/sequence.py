@@ -14,7 +14,6 @@ from halfmoon.blocks import BlockChain
 from halfmoon.types import BlockHash, FinishReason
 from kv_store.values import Want
 
-
 Namer = Callable[[PrefillCommand | ReserveCommand], BlockChain]
 """Names the blocks of a command's tokens; the chain is the caller's, to be extended."""
 

@@ -6,6 +6,7 @@ held (its blocks wait for the decode worker's acknowledgement) -> gone. Which on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,7 @@ class PrefillMachine:
         )
         self.samples = Samples()
         self._pass: Pass | None = None
+        self._waits = False  # somebody, for room
 
     # ---- commands ----
 
@@ -131,8 +133,10 @@ class PrefillMachine:
 
     def _open_queued(self, now_s: float) -> None:
         """Open in order of urgency, and let nobody overtake the first one that finds no room."""
+        self._waits = False
         for attempt in self._attempts.live():
             if not attempt.opened and not self._open(attempt, now_s):
+                self._waits = True
                 return
 
     def _open(self, attempt: PrefillAttempt, now_s: float) -> bool:
@@ -295,8 +299,8 @@ class PrefillMachine:
     def _hand_over(self, attempt: PrefillAttempt, now_s: float) -> None:
         sequence = attempt.sequence
         attempt.held = True
-        attempt.deadline_at_s = min(attempt.deadline_at_s, now_s + self.config.handover_hold_s)
-        attempt.deadline_means = "the decode worker did not acknowledge the prompt's blocks in time"
+        means = "the decode worker did not acknowledge the prompt's blocks in time"
+        self._attempts.shorten(attempt, now_s + self.config.handover_hold_s, means)
         self._attempts.emit(
             HandOver(
                 attempt_id=attempt.attempt_id,
@@ -313,7 +317,7 @@ class PrefillMachine:
 
     def tick_due_s(self) -> float:
         """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""
-        return self._attempts.tick_due_s(lambda a: not a.opened)
+        return -math.inf if self._waits else self._attempts.expire_due_s
 
     def decoding(self) -> tuple[int, int]:
         """Sequences that decode here, and tokens of their KV: none."""

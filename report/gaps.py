@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 WORST_ONE_IN = 10
@@ -19,8 +20,8 @@ class Tbt(NamedTuple):
 
 def tbt_of(arrivals_s: Sequence[float]) -> Tbt | None:
     """Of the moments at which a request's tokens came, in order; None: fewer than two."""
-    gaps = sorted([later - earlier for earlier, later in zip(arrivals_s, arrivals_s[1:], strict=False)])
+    gaps = sorted([later - earlier for earlier, later in pairwise(arrivals_s)])
     if not gaps:
         return None
-    worst = gaps[-(-(-len(gaps) // WORST_ONE_IN)) :]
+    worst = gaps[len(gaps) - (len(gaps) + WORST_ONE_IN - 1) // WORST_ONE_IN :]
     return Tbt(p50_s=gaps[len(gaps) // 2], worst_s=sum(worst) / len(worst), max_s=gaps[-1])

@@ -19,7 +19,8 @@ class Audit:
         self._ended: dict[RequestId, str] = {}
 
     def arrived(self, request_id: RequestId) -> None:
-        assert request_id not in self._open and request_id not in self._ended, f"{request_id} arrives twice"
+        assert request_id not in self._open, f"{request_id} arrives twice"
+        assert request_id not in self._ended, f"{request_id} arrives twice"
         self._open[request_id] = None
 
     def ended(self, request_id: RequestId, how: str) -> None:

@@ -23,7 +23,9 @@ from halfmoon.types import NodeId, Outcome, RequestId
 from node.effects import Pass
 from simulator.audit import Audit, DecisionLog
 from simulator.clients import Client, Clients
-from simulator.node import Node, Parts, Peers, Physics
+from simulator.exchange import Peers, Physics
+from simulator.node import TICK_S as NODE_TICK_S
+from simulator.node import Node, Parts
 from simulator.prompts import Planned
 from simulator.wire import Weather
 from simulator.world import World
@@ -93,6 +95,7 @@ class Cluster:
         self._audit = audit
         self.machine = make_machine()
         self._tick()
+        self._tick_nodes()
 
     # ---- what drivers do ----
 
@@ -120,9 +123,11 @@ class Cluster:
 
     @property
     def at_rest(self) -> bool:
-        """Nothing is open, nothing is held."""
-        nodes = self.peers.nodes.values()
-        return not self.clients.open and all(node.at_rest for node in nodes if node.alive)
+        """Nothing is open, nothing is held, and the conductor knows."""
+        if self.clients.open or not all(node.at_rest for node in self.peers.nodes.values() if node.alive):
+            return False
+        status = self.machine.status()
+        return not status.requests_open and all(node.books.empty for node in status.nodes)
 
     def settle(self) -> None:
         """Bring every node's books up to now."""
@@ -266,6 +271,11 @@ class Cluster:
                 self._lost(link, f"silent for {SILENCE_S} s")
                 self._redial(link.node)
         self.world.after(TICK_S, self._tick)
+
+    def _tick_nodes(self) -> None:
+        for node in self.peers.nodes.values():
+            node.tick()
+        self.world.after(NODE_TICK_S, self._tick_nodes)
 
     def _hole(self, client: Client) -> None:
         self.counters["holes"] += 1

@@ -56,7 +56,7 @@ class SteadyMachine(WorkerMachine, Protocol):
 
     def plain_steps(self) -> int: ...
 
-    def account_plain(self, done: Pass, results: Sequence[Sequence[int]], seconds: Sequence[float]) -> None: ...
+    def account_plain(self, done: Pass, results: Sequence[Sequence[int]], seconds: Sequence[float]) -> Pass: ...
 
 
 OnSteps = Callable[[Pass, Sequence[Sequence[int]], Sequence[float]], None]
@@ -154,26 +154,31 @@ class Cruise(Compute):
         ends, seconds = self._ends[:num], self._seconds[:num]
         del self._ends[:num], self._seconds[:num]
         tokens = [self.engine.tokens(attempt_id, num) for attempt_id in work.attempts]
-        self._machine.account_plain(work, tokens, seconds)
+        self.work = self._machine.account_plain(work, tokens, seconds)
         self.num_passes += num
         self.engine.skip(num)
-        self.work = self._machine.decide(ends[-1])
-        assert self.work is not None
-        assert self.work.attempts == work.attempts, "a plain step has changed the batch"
         self._on_steps(work, tokens, ends)
 
     def replan(self) -> None:
         """Something has happened here: how far does the batch go on unchanged now?"""
-        if self.work is not None and self._num_steady(self.work) != len(self._ends) - 1:
-            self._look_ahead()
-            self._wake()
+        if self.work is not None:
+            num = self._num_steady(self.work)
+            if num != len(self._ends) - 1:
+                self._plan_steps(self.work, num)
+                self._wake()
 
     def _look_ahead(self) -> None:
-        work = self.work
-        assert work is not None
-        del self._ends[1:], self._seconds[1:]
-        end_s = self._ends[0]
-        for seconds in self.engine.ahead(work, self._num_steady(work)):
+        assert self.work is not None
+        self._plan_steps(self.work, self._num_steady(self.work))
+
+    def _plan_steps(self, work: Pass, num: int) -> None:
+        """As far as the plan went before and still goes, it stays."""
+        known = len(self._ends) - 1
+        if num <= known:
+            del self._ends[num + 1 :], self._seconds[num + 1 :]
+            return
+        end_s = self._ends[-1]
+        for seconds in self.engine.ahead(work, num)[known:]:
             end_s += seconds
             self._ends.append(end_s)
             self._seconds.append(seconds)

@@ -24,11 +24,11 @@ class SimConfig:
         prefill, decode, coupled: how many nodes of each role.
         seed: of everything random: jitter, noise, beliefs, faults, policies that draw.
         speedup: the trace's clock runs this much faster.
-        jitter_s: arrivals are moved by up to this much of the trace's own time, later only. Mooncake's traces tick every
-            3 s: 3 spreads them evenly.
+        jitter_s: arrivals are moved by up to this much of the trace's own time, later only. Mooncake's traces tick
+            every 3 s: 3 spreads them evenly.
         output_factor: output lengths are multiplied by it.
-        output_tokens_max: what every request asks for at most; 0: the longest output of the trace, at least 2,048. It is
-            all that the conductor knows of an output's length: where one ends is a stop token of the simulated engine.
+        output_tokens_max: what every request asks for at most; 0: the longest output of the trace, at least 2,048.
+            It is all that the conductor knows of an output's length: where one ends is a stop token of the engine's.
         slo_ttft_s, slo_tbt_s: of every request.
         deadline_s: of every request.
         noise: standard deviation of the logarithm of true pass times.
@@ -39,7 +39,7 @@ class SimConfig:
         check: invariants after every event.
         placement, admission: names of policies, as simulator.policies knows them.
         conductor: the machine's own settings; its SLOs and prior are set from this.
-        report_interval_s: between load reports.
+        report_interval_s: between load reports; a node's own default is 0.25.
         records: how many decision records are kept; 0: conductor.records_max of them.
         faults: what goes wrong.
 
@@ -68,7 +68,7 @@ class SimConfig:
     placement: str = "least_ttft"
     admission: str = "baseline"
     conductor: ConductorConfig = field(default_factory=ConductorConfig)
-    report_interval_s: float = 0.25
+    report_interval_s: float = 0.5
     faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 from halfmoon.errors import ConfigError
 from halfmoon.types import NodeId
@@ -84,7 +84,7 @@ def parse_faults(text: str) -> Faults:
     Raises:
         ConfigError: an unknown name, or a value out of range. `slow_disk`: there is no disk to be slow.
     """
-    faults = Faults()
+    changes: dict[str, Any] = {}
     types = {spec.name: spec.type for spec in fields(Faults)}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = part.partition("=")
@@ -95,8 +95,8 @@ def parse_faults(text: str) -> Faults:
             number = (int if types[name] == "int" else float)(value or 1)
         except ValueError:
             raise ConfigError(key=f"faults.{name}", value=value, expected="a number") from None
-        faults = replace(faults, **{name: number})
-    return faults
+        changes[name] = number
+    return Faults(**changes)
 
 
 class Fault(NamedTuple):

@@ -1,4 +1,4 @@
-"""Pure: what one node of a kind can do, as coefficients; checked when built. Presets lie in simulator/hardware/*.yaml."""
+"""Pure: what one node of a kind can do, as coefficients; checked when built. Presets: simulator/hardware/*.yaml."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Pure: one worker process under the virtual clock: the real machine, cache and transfer protocol; the loop around them.
+"""Pure: one worker process under the virtual clock: the real machine and cache, and the loop around them.
 
-Played here is what node/loop.py and kv_store/store.py do in a real process, in the same order; modelled are the engine,
-the copying of bytes, and the passing of time.
+Played here is what node/loop.py does in a real process, in the same order; modelled are the engine and the passing of
+time. The transfer protocol is in simulator/exchange.py.
 """
 
 from __future__ import annotations
@@ -21,12 +21,9 @@ from core.messages import (
     Snapshot,
     SnapshotCommand,
     Token,
-    TransferSample,
     WorkerEvent,
 )
-from halfmoon.errors import IntegrityError, PeerLost, TransferError, TransferTimeout
 from halfmoon.types import Epoch, NodeId, Tier
-from kv_store import transfer_values as tv
 from kv_store.tiers import KvCache
 from kv_store.transfer import TransferMachine
 from kv_store.transfer_source import Tail
@@ -34,16 +31,14 @@ from kv_store.values import Move
 from node.effects import AbortPull, Effect, Emit, HandOver, Pass, Report, StartPull, Withdraw, WorkerMachine
 from simulator.audit import Audit
 from simulator.compute import Compute, Cruise, EngineModel, SteadyEngine
-from simulator.wire import CONDUCTOR, Stream, Weather
+from simulator.exchange import Exchange, Matter, Peers, Physics
+from simulator.wire import CONDUCTOR, Stream
 from simulator.world import World
 
 TICK_S = 0.1
 """As node/loop.py's."""
 IDLE_TICKS = 50
 """A transfer machine without transfers has nothing but records to forget, so it is asked this seldom."""
-HANGUP_S = 0.01
-"""Until the other side of a stream notices that it has ended."""
-LINK = tv.LinkTraits(name="simulated", two_sided=False)
 
 Event = Callable[[float], list[Effect]]
 
@@ -56,38 +51,6 @@ class Machine(WorkerMachine, Protocol):
     def decoding(self) -> tuple[int, int]:
         """Sequences that decode here, and tokens of their KV."""
         ...
-
-
-class Physics(Protocol):
-    """How long things take, but for computing."""
-
-    def message_s(self) -> float:
-        """One message between two processes."""
-        ...
-
-    def move_s(self) -> float:
-        """One block between two tiers of a node; moves of a node do not wait for each other."""
-        ...
-
-    def copied_at_s(self, source: NodeId, target: NodeId, num_bytes: int, now_s: float) -> float:
-        """When a copy over the link that is asked for now is done. Books it."""
-        ...
-
-    def hash_s(self) -> float:
-        """The checksums of one request for them."""
-        ...
-
-
-class Matter(Protocol):
-    """The bytes, where somebody wants to see them."""
-
-    def move(self, move: Move) -> None: ...
-
-    def copy(self, source: Any, piece: tv.Piece, tier: Tier) -> None:
-        """One block from the arenas of `source` (another node's Matter) into this node's DEVICE."""
-        ...
-
-    def checksum(self, tier: Tier, slot: int) -> int: ...
 
 
 class Conductor(Protocol):
@@ -125,18 +88,6 @@ class Parts:
     report_offset_s: float = 0.0
 
 
-class Peers:
-    """Every node by name: its last incarnation."""
-
-    def __init__(self, weather: Weather | None = None) -> None:
-        self.nodes: dict[NodeId, Node] = {}
-        self.weather = weather
-
-    def parted(self, one: NodeId, other: NodeId) -> bool:
-        """No byte passes between the two now."""
-        return self.weather is not None and self.weather.parted(one, other)
-
-
 class Node:
     """One incarnation. Whoever kills it makes the next one.
 
@@ -147,12 +98,9 @@ class Node:
     def __init__(self, world: World, peers: Peers, physics: Physics, conductor: Conductor, parts: Parts) -> None:
         self.world, self.peers, self.physics, self.conductor = world, peers, physics, conductor
         self.info, self.machine, self.cache, self.transfers = parts.info, parts.machine, parts.cache, parts.transfers
-        self.matter = parts.matter
         self.alive = True
         self.num_moves_out = 0
         self.counts: Counter[str] = Counter()
-        self.stamps: dict[tuple[Tier, int], int] = {}
-        self.sessions: dict[tv.SessionId, tuple[Node, tv.SessionId, Stream]] = {}
         self.commands = Stream(world, (CONDUCTOR, self.node_id), physics.message_s, peers.weather)
         self.events = Stream(world, (self.node_id, CONDUCTOR), physics.message_s, peers.weather)
         self.tokens = Stream(world, (self.node_id, CONDUCTOR), physics.message_s, peers.weather)
@@ -166,9 +114,9 @@ class Node:
         self._inbox: deque[Event] = deque()
         self._serving = False
         self._ticks = 0
-        self._samples: list[TransferSample] = []
+        self.exchange = Exchange(world, peers, physics, parts.info, parts.transfers, self)
+        self.exchange.matter = parts.matter
         peers.nodes[self.node_id] = self
-        self._tick()
         world.at(self._report_at_s, self._report_if_due)
 
     def _compute_of(self, parts: Parts, rank: int) -> Compute:
@@ -211,8 +159,7 @@ class Node:
         self.alive = False
         self.compute.stop()
         self._inbox.clear()
-        for session in list(self.sessions):
-            self.cut(session, f"{self.node_id} died")
+        self.exchange.close(f"{self.node_id} died")
 
     def snapshot(self) -> Snapshot:
         """Everything held now; news not yet sent goes first, so that ids are consecutive."""
@@ -229,6 +176,12 @@ class Node:
         """Bring this node's books up to now."""
         if self.alive:
             self.compute.settle()
+
+    # ---- what transfers bring about (simulator.exchange.Owner) ----
+
+    def post(self, event: Event) -> None:
+        """To be served after what is being done."""
+        self._inbox.append(event)
 
     # ---- the loop ----
 
@@ -275,8 +228,8 @@ class Node:
         results = self.compute.engine.results(work)
         self.serve(partial(self.machine.account, work, results, seconds))
 
-    def _tick(self) -> None:
-        """Deadlines, where there may be any."""
+    def tick(self) -> None:
+        """Deadlines, where there may be any. Called every TICK_S."""
         if not self.alive:
             return
         self._ticks += 1
@@ -284,7 +237,6 @@ class Node:
             self.serve(self.machine.on_tick)
         if not self.transfers.quiescent or self._ticks % IDLE_TICKS == 0:
             self.transfer("on_tick")
-        self.world.after(TICK_S, self._tick)
 
     def _perform(self, effects: Sequence[Effect]) -> None:
         """As NodeLoop: tokens first, then what the cache has to announce, then the rest in order."""
@@ -330,8 +282,8 @@ class Node:
         self.events.send(partial(self.conductor.on_event, self, event))
 
     def _move(self, move: Move) -> None:
-        if self.matter is not None:
-            self.matter.move(move)
+        if self.exchange.matter is not None:
+            self.exchange.matter.move(move)
         self.num_moves_out -= 1
         self.serve(partial(self.machine.on_moved, [move]))
 
@@ -359,9 +311,9 @@ class Node:
         """State now; takes the samples collected since the last call."""
         self.settle()
         load = self.machine.load()
-        if self._samples:
-            load = replace(load, transfers=tuple(self._samples))
-            self._samples.clear()
+        samples = self.exchange.take_samples()
+        if samples:
+            load = replace(load, transfers=samples)
         return load if self._learn else replace(load, passes=(), transfers=())
 
     # ---- transfers ----
@@ -369,111 +321,7 @@ class Node:
     def transfer(self, event: str, *args: Any) -> None:
         """Tell the transfer machine, perform what it wants before anything else happens, then serve what came of it."""
         if self.alive:
-            for effect in getattr(self.transfers, event)(*args, self.world.now_s):
-                self._perform_transfer(effect)
+            self.exchange.tell(event, *args)
             self._serve()
             if self._audit is not None and not self._serving:
                 self.check()
-
-    def _perform_transfer(self, effect: tv.Effect) -> None:
-        match effect:
-            case tv.Dial():
-                self.world.after(2 * self.physics.message_s(), partial(self._dial, effect))
-            case tv.Hangup():
-                self.cut(effect.session, effect.reason)
-            case tv.Tell():
-                link = self.sessions.get(effect.session)
-                if link is not None:
-                    link[2].send(partial(link[0]._hear, link[1], effect.message))
-            case tv.Receive():
-                self._begin_receive(effect)
-            case tv.Hash():
-                self.world.after(self.physics.hash_s(), partial(self._hash, effect))
-            case tv.Stamp():
-                self.stamps[effect.tier, effect.slot] = effect.stamp
-            case tv.Arrived():
-                self._inbox.append(partial(self.machine.on_pull_arrived, effect.transfer_id, effect.indices))
-            case tv.Ended():
-                self._ended(effect)
-            case tv.HandedOver():
-                self._inbox.append(partial(self.machine.on_handed_over, effect.attempt_id))
-            case tv.Withdrawn():
-                self._inbox.append(partial(self.machine.on_withdrawn, effect.attempt_id))
-            case tv.Transmit():
-                raise AssertionError("the link is one-sided")
-
-    def _ended(self, effect: tv.Ended) -> None:
-        ended = effect.ended
-        if ended.num_bytes and effect.busy_s > 0.0:
-            sample = TransferSample(
-                source=effect.source, link=ended.link, num_bytes=ended.num_bytes, seconds=effect.busy_s
-            )
-            self._samples.append(sample)
-            self.counts["bytes_pulled"] += ended.num_bytes
-        self._inbox.append(partial(self.machine.on_pull_ended, ended))
-
-    def _dial(self, dial: tv.Dial) -> None:
-        peer = self.peers.nodes.get(dial.node_id)
-        if not self.alive:
-            return
-        if peer is None or not peer.alive or peer.epoch != dial.epoch or self.peers.parted(self.node_id, peer.node_id):
-            self.transfer("on_lost", dial.session, PeerLost(f"{dial.node_id} is not there"))
-            return
-        theirs = peer.transfers.next_session()
-        self.sessions[dial.session] = (peer, theirs, self._stream_to(peer))
-        peer.sessions[theirs] = (self, dial.session, peer._stream_to(self))
-        peer.transfer("on_accepted", theirs, self.node_id, self.epoch)
-        if dial.session in self.sessions:
-            self.transfer("on_open", dial.session, {Tier.DEVICE: LINK, Tier.DRAM: LINK})
-
-    def _stream_to(self, peer: Node) -> Stream:
-        return Stream(self.world, (self.node_id, peer.node_id), self.physics.message_s, self.peers.weather)
-
-    def _hear(self, session: tv.SessionId, message: tv.Message) -> None:
-        if session in self.sessions:
-            self.transfer("on_message", session, message)
-
-    def cut(self, session: tv.SessionId, reason: str) -> None:
-        """End a stream; the other side notices a moment later."""
-        link = self.sessions.pop(session, None)
-        if link is not None:
-            peer, theirs, _ = link
-            peer.sessions.pop(theirs, None)
-            self.world.after(HANGUP_S, partial(peer.transfer, "on_lost", theirs, PeerLost(reason)))
-
-    def _begin_receive(self, receive: tv.Receive) -> None:
-        link = self.sessions.get(receive.session)
-        if link is None:
-            self.world.after(0.0, partial(self._received, receive, None, PeerLost("the stream is gone")))
-            return
-        now_s, source = self.world.now_s, link[0]
-        num_bytes = len(receive.batch.pieces) * self.info.block_bytes
-        done_s = self.physics.copied_at_s(source.node_id, self.node_id, num_bytes, now_s)
-        late = TransferTimeout(f"{receive.batch.transfer_id}: {num_bytes} bytes in {receive.timeout_s:.3f} s")
-        error = late if done_s > now_s + receive.timeout_s or self.peers.parted(self.node_id, source.node_id) else None
-        due_s = now_s + receive.timeout_s if error is not None else done_s
-        self.world.at(due_s, partial(self._received, receive, source, error))
-
-    def _received(self, receive: tv.Receive, source: Node | None, error: TransferError | None) -> None:
-        if error is None and (receive.session not in self.sessions or source is None or not source.alive):
-            error = PeerLost("the stream is gone")
-        if error is None and source is not None:
-            error = self._copy(source, receive.batch)
-        self.transfer("on_received", receive.batch.batch, error)
-
-    def _copy(self, source: Node, batch: tv.Batch) -> IntegrityError | None:
-        """As a one-sided link does: copy, then look at the headers, then at the checksums."""
-        for piece in batch.pieces:
-            if self.matter is not None:
-                self.matter.copy(source.matter, piece, batch.tier)
-            if source.stamps.get((batch.tier, piece.slot)) != piece.stamp:
-                return IntegrityError(f"block {piece.index}: the header changed")
-            if self.matter is not None and piece.checksum != self.matter.checksum(Tier.DEVICE, piece.target):
-                return IntegrityError(f"block {piece.index}: the checksum is wrong")
-        return None
-
-    def _hash(self, effect: tv.Hash) -> None:
-        if self.matter is None:
-            return
-        checksums = {index: self.matter.checksum(tier, slot) for index, tier, slot in effect.items}
-        self.transfer("on_hashed", effect.session, effect.transfer_id, checksums)

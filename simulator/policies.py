@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from conductor.admission import Admission, AdmissionPolicy, Baseline, Mode
 from conductor.desk import Layout
@@ -15,11 +16,16 @@ from halfmoon.blocks import Fingerprint
 from halfmoon.errors import ConfigError
 from simulator.config import SimConfig
 
+Make = TypeVar("Make")
+
 PLACEMENTS: Mapping[str, Callable[[random.Random], PlacementPolicy]] = {"least_ttft": lambda rng: LeastTtft()}
 """By name; each may draw from the generator that it is given."""
 
 ADMISSIONS: Mapping[str, Callable[[], AdmissionPolicy]] = {"baseline": Baseline}
-"""By name. "none" is no policy: everything is taken on."""
+"""By name."""
+
+NO_ADMISSION = "none"
+"""Everything is taken on."""
 
 
 def make_conductor(
@@ -35,10 +41,10 @@ def make_conductor(
         ConfigError: an unknown policy.
     """
     hardware = config.hardware
-    placement = _named("placement", config.placement, PLACEMENTS)
-    policies = []
-    if config.admission != "none":
-        policies.append((_named("admission", config.admission, {**ADMISSIONS, "none": Baseline})(), Mode.ENFORCE))
+    placement = _named("placement", config.placement, PLACEMENTS)(rng)
+    policies: list[tuple[AdmissionPolicy, Mode]] = []
+    if config.admission != NO_ADMISSION:
+        policies.append((_named("admission", config.admission, ADMISSIONS)(), Mode.ENFORCE))
     settings = replace(
         config.conductor,
         slo=Slo(ttft_s=config.slo_ttft_s, tbt_s=config.slo_tbt_s),
@@ -49,12 +55,13 @@ def make_conductor(
         layout=Layout(block_size=hardware.block_tokens, block_bytes=hardware.block_bytes),
         conductor_id="simulated",
         fingerprint=fingerprint,
-        policy=placement(rng),
+        policy=placement,
         admission=Admission(policies),
     )
 
 
-def _named(key: str, name: str, known: Mapping[str, Callable[..., object]]) -> Callable[..., object]:
+def _named(key: str, name: str, known: Mapping[str, Make]) -> Make:
     if name not in known:
-        raise ConfigError(key=f"simulation.{key}", value=name, expected=f"one of {', '.join(sorted(known))}")
+        names = ", ".join(sorted([*known, NO_ADMISSION] if key == "admission" else known))
+        raise ConfigError(key=f"simulation.{key}", value=name, expected=f"one of {names}")
     return known[name]

@@ -56,8 +56,9 @@ def hardware_of(data: dict[str, Any], name: str) -> Hardware:
     wrong = sorted((rest.keys() | costs.keys()) - known)
     if wrong:
         raise ConfigError(key=f"hardware.{wrong[0]}", value=name, expected=f"one of {', '.join(sorted(known))}")
+    values: dict[str, Any] = {**rest, **costs}
     try:
-        return Hardware(name=name, **rest, **costs)
+        return Hardware(name=name, **values)
     except TypeError as error:
         raise ConfigError(key="hardware", value=name, expected=f"every value once ({error})") from error
 

@@ -27,8 +27,8 @@ from simulator.clients import Client, row_of
 from simulator.cluster import Cluster
 from simulator.config import SimConfig
 from simulator.faults import Fault, Sky, schedule
-from simulator.node import Machine, Node, Parts
-from simulator.prompts import STOP, Planned, Prompts
+from simulator.node import Machine, Parts
+from simulator.prompts import STOP, Prompts
 from simulator.truth import Noise, TrueEngine, TruePhysics
 from simulator.world import World
 from workload.trace import Trace, TraceRequest
@@ -40,6 +40,8 @@ AFTER_S_MAX = 4000.0
 """After the last arrival a run may take this long: more than any request's deadline."""
 REST_S_MAX = 700.0
 """After the last end, with checks on: until every node has let go of everything."""
+PING_S = 2.0
+"""Between signs of life of a stream of blocks; the product's default of 0.5 s would be half of all messages here."""
 ATTEMPTS_MAX = 4096
 """Of one node: the product's default of 256 is made for smaller nodes than these."""
 
@@ -130,7 +132,6 @@ class Simulation:
         if self._audit is not None:
             self.world.run(lambda: self.cluster.at_rest, REST_S_MAX, self._where)
             self._audit.finish()
-            assert not self.cluster.machine.status().requests_open, "the conductor holds what has ended"
         return Result(
             rows=tuple(sorted(self._rows, key=lambda row: (row.arrived_s, int(row.request_id[1:])))),
             samples=tuple(self._samples),
@@ -260,6 +261,7 @@ class Simulation:
             serves_max=ATTEMPTS_MAX,
             batch_bytes_max=hardware.batch_blocks * hardware.block_bytes,
             sessions_max=max(64, len(self._roles)),
+            ping_interval_s=PING_S,
         )
         index = [known for known, _ in self._roles].index(name)
         return Parts(
@@ -305,6 +307,7 @@ class Simulation:
         total: Counter[str] = Counter()
         for node in self.cluster.peers.nodes.values():
             total.update(node.counts)
+            total["bytes_pulled"] += node.exchange.bytes_pulled
             total.update(node.transfers.counts())
         total.update(self.cluster.machine.counters)
         total.update(self.cluster.counters)

@@ -146,4 +146,4 @@ class TruePhysics:
         return free_s + self._hardware.link_s
 
 
-assert STOP == SAMPLED_STOP.token_id
+assert SAMPLED_STOP.token_id == STOP

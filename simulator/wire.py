@@ -8,7 +8,6 @@ from typing import Protocol
 from halfmoon.types import NodeId
 from simulator.world import Action, World
 
-
 CONDUCTOR = NodeId("conductor")
 """Its end of streams."""
 

@@ -1,0 +1,177 @@
+"""Pure: what a user asks to simulate, the command line that asks it again, and sweeps over several of them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from typing import Any
+
+from halfmoon.errors import ConfigError
+from service.settings import load, parse_overrides
+
+COMBINATIONS_MAX = 1000
+"""Of one sweep: at a few seconds each, an hour on one core, and as many lines in a table as anybody reads."""
+
+NODES_MAX = 1000  # of one role: ten times the clusters that the conductor is built for
+SCALE_MAX = 1e6  # of speed and output lengths: beyond it times no longer differ
+
+SHOWN_AS = {"slo_ttft_s": "slo_ttft", "slo_tbt_s": "slo_tbt", "jitter_s": "jitter", "belief_factor": "belief"}
+"""Field -> option: an option's unit stands in its help."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One simulation. Names of hardware, policies, placements and faults are checked where they are known.
+
+    Args:
+        trace: a file, or the name of one where traces are kept.
+        format: of the trace; "auto": told by its first line.
+        requests: simulate the first so many; None: all.
+        jitter_s: spread arrivals over this long; None: over 3 s where the trace has them in ticks of 3 s, else not.
+        hardware: a preset's name or a YAML file; empty: the simulator's default.
+        policy: of admission. placement: empty: the conductor's default.
+        faults: a preset's name or a YAML file; empty: none.
+        belief_bias: each cost term is believed this share too high or too low, by a draw of the seed; None: the
+            simulator's default.
+        belief_factor: every term is believed this many times what it is, instead of that draw.
+        learn: beliefs are corrected by what workers measure.
+        check: verify every invariant after every event.
+
+    Raises:
+        ConfigError: naming the option and its limit.
+    """
+
+    trace: str
+    format: str = "auto"
+    skip_bad: bool = False
+    requests: int | None = None
+    jitter_s: float | None = None
+    speedup: float = 1.0
+    output_scale: float = 1.0
+    prefill: int = 1
+    decode: int = 1
+    coupled: int = 0
+    hardware: str = ""
+    policy: str = "predictive"
+    placement: str = ""
+    slo_ttft_s: float = 30.0
+    slo_tbt_s: float = 0.1
+    faults: str = ""
+    belief_bias: float | None = None
+    belief_factor: float | None = None
+    learn: bool = True
+    seed: int = 1
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("speedup", "output_scale"):
+            value = getattr(self, name)
+            _require(0 < value <= SCALE_MAX, name, value, f"a number above 0, at most {SCALE_MAX:g}")
+        for name in ("slo_ttft_s", "slo_tbt_s"):
+            _require(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "seconds, above 0 and at most 1e6")
+        for name in ("prefill", "decode", "coupled"):
+            _require(0 <= getattr(self, name) <= NODES_MAX, name, getattr(self, name), f"0 to {NODES_MAX} nodes")
+        both = self.coupled or (self.prefill and self.decode)
+        nodes = f"{self.prefill}P+{self.decode}D+{self.coupled}C"
+        _require(bool(both), "prefill", nodes, "a prefill and a decode node, or a coupled one, at least")
+        _require(self.requests is None or self.requests >= 1, "requests", self.requests, "at least 1, or all")
+        _require(self.jitter_s is None or 0 <= self.jitter_s <= 3600, "jitter_s", self.jitter_s, "0 (off) to 3600 s")
+        bias, factor = self.belief_bias, self.belief_factor
+        _require(bias is None or 0 <= bias < 1, "belief_bias", bias, "a share in [0, 1)")
+        _require(factor is None or 0.01 <= factor <= 100, "belief_factor", factor, "0.01 to 100 times the truth")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
+
+    @property
+    def nodes(self) -> str:
+        """As "8P+8D", "16C", "4P+4D+2C"."""
+        counts = ((self.prefill, "P"), (self.decode, "D"), (self.coupled, "C"))
+        return "+".join(f"{number}{letter}" for number, letter in counts if number)
+
+
+def command(scenario: Scenario) -> str:
+    """The one line that runs it again: the nodes, policy and seed, and whatever else is not the default."""
+    always = ("trace", "prefill", "decode", "coupled", "speedup", "policy", "seed")
+    words = ["halfmoon", "simulate"]
+    for spec in fields(scenario):
+        value = getattr(scenario, spec.name)
+        if value == spec.default and spec.name not in always:
+            continue
+        option = SHOWN_AS.get(spec.name, spec.name).replace("_", "-")
+        words.append(f"--no-{option}" if value is False else f"--{option}")
+        if not isinstance(value, bool):
+            words.append(_text(value))
+    return shlex.join(words)
+
+
+def sweep(base: Scenario, texts: Sequence[str]) -> list[tuple[str, Scenario]]:
+    """(label, scenario) for every combination of "name=value,value" over `base`; the last name varies fastest.
+
+    Raises:
+        ConfigError: a name that is no option, a value that it does not take, a name twice, too many combinations.
+    """
+    axes = [_axis(text) for text in texts]
+    names = [name for name, _ in axes]
+    for name in names:
+        _require(names.count(name) == 1, "sweep", name, "every option in one --sweep only")
+    number = 1
+    for _, values in axes:
+        number *= len(values)
+    _require(number <= COMBINATIONS_MAX, "sweep", f"{number} combinations", f"at most {COMBINATIONS_MAX}")
+    return [_combined(base, dict(zip(names, values, strict=True))) for values in product(*(v for _, v in axes))]
+
+
+def slug(number: int, label: str) -> str:
+    """A folder's name for the combination: told apart by its number, recognised by its label."""
+    return f"{number:03d}-" + re.sub(r"[^\w.+-]+", "-", label)[:80].strip("-")
+
+
+def scenario(given: Mapping[str, Any]) -> Scenario:
+    """From options; those that are None take their defaults.
+
+    Raises:
+        ConfigError: naming the option and its limit.
+    """
+    return load(Scenario, {k: v for k, v in given.items() if v is not None}, path="simulate")
+
+
+def _axis(text: str) -> tuple[str, list[str]]:
+    name, equals, listed = text.partition("=")
+    values = [value.strip() for value in listed.split(",")]
+    good = bool(equals) and all(values)
+    _require(good, "sweep", text, 'an option and its values, as in "policy=early,predictive"')
+    _require(len(set(values)) == len(values), "sweep", text, "every value once")
+    return _field(name.strip()), values
+
+
+def _field(name: str) -> str:
+    """The Scenario's name of an option."""
+    plain = name.removeprefix("--").replace("-", "_")
+    known = {SHOWN_AS.get(spec.name, spec.name): spec.name for spec in fields(Scenario)}
+    if plain not in known and plain not in known.values():
+        options = ", ".join(option.replace("_", "-") for option in known)
+        raise ConfigError(key="simulate.sweep", value=name, expected=f"one of {options}")
+    return known.get(plain, plain)
+
+
+def _combined(base: Scenario, values: Mapping[str, str]) -> tuple[str, Scenario]:
+    typed = parse_overrides(f"{name}={value}" for name, value in values.items())
+    label = ", ".join(f"{SHOWN_AS.get(name, name).replace('_', '-')} {value}" for name, value in values.items())
+    return label, load(Scenario, asdict(base) | typed, path="simulate")
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _require(ok: bool, key: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(key=key, value=value, expected=expected)
+
+
+def settings_of(asked: Scenario, names: Iterable[str] = ()) -> dict[str, object]:
+    """As a report prints them: options that were left open by default only if named."""
+    shown = {SHOWN_AS.get(name, name): value for name, value in asdict(asked).items()}
+    return {name: value for name, value in shown.items() if value not in (None, "", False) or name in names}

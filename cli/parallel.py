@@ -1,4 +1,4 @@
-"""Shell: many simulations on all cores, each in a process of its own: a crash names its combination and nothing else ends."""
+"""Shell: many simulations on all cores, in processes that do one after another: one that crashes ends no other."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ class Crash:
 
 
 @dataclass
-class _Running(Generic[Job, Result]):
-    index: int
+class _Worker(Generic[Job, Result]):
+    """A process that does one job after another; `index`: of the one that it is doing, None: it waits for one."""
+
     process: SpawnProcess
     pipe: Connection
+    index: int | None = None
 
 
 def cores() -> int:
@@ -52,58 +54,70 @@ def run_all(
 
     on_progress: called with a job's index and its share done; 1.0 exactly once, when it has ended.
     """
-    context = multiprocessing.get_context("spawn")  # a fork would inherit threads of gRPC and numpy
-    results: list[Result | Crash | None] = [None] * len(jobs)
-    running: list[_Running[Job, Result]] = []
-    waiting = list(enumerate(jobs))[::-1]
+    results: dict[int, Result | Crash] = {}
+    waiting = list(range(len(jobs)))[::-1]
+    workers: list[_Worker[Job, Result]] = []
     try:
-        while waiting or running:
-            while waiting and len(running) < num_processes:
-                index, job = waiting.pop()
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(theirs, work, job), daemon=True)
-                process.start()
-                theirs.close()
-                running.append(_Running(index, process, ours))
-            wait([r.pipe for r in running])
-            for one in [r for r in running if r.pipe.poll()]:
-                if _listen(one, results, on_progress):
-                    running.remove(one)
+        while waiting or any(worker.index is not None for worker in workers):
+            idle = [worker for worker in workers if worker.index is None]
+            while waiting and (idle or len(workers) < num_processes):
+                if not idle:
+                    idle.append(_started(work))
+                    workers.append(idle[-1])
+                worker = idle.pop()
+                worker.index = waiting.pop()
+                with suppress(BrokenPipeError):  # it died while it waited: its pipe says so next
+                    worker.pipe.send(jobs[worker.index])
+            wait([worker.pipe for worker in workers if worker.index is not None])
+            for worker in [w for w in workers if w.index is not None and w.pipe.poll()]:
+                _listen(worker, results, on_progress)
+            workers = [worker for worker in workers if not worker.pipe.closed]
     finally:
-        for one in running:
-            one.process.kill()
-            one.process.join()
-    return [Crash("never ran") if result is None else result for result in results]
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+    return [results[index] for index in range(len(jobs))]
+
+
+def _started(work: Work[Job, Result]) -> _Worker[Job, Result]:
+    context = multiprocessing.get_context("spawn")  # a fork would inherit threads of gRPC and numpy
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(theirs, work), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
 
 
 def _listen(
-    one: _Running[Job, Result], results: list[Result | Crash | None], on_progress: Callable[[int, float], None]
-) -> bool:
-    """Take one message; whether it was the last."""
+    worker: _Worker[Job, Result], results: dict[int, Result | Crash], on_progress: Callable[[int, float], None]
+) -> None:
+    """Take one message; the pipe is closed if it was the process's last."""
+    assert worker.index is not None, "a worker that has nothing to do has nothing to say"
     try:
-        kind, value = one.pipe.recv()
-    except EOFError:
-        one.process.join()
-        kind, value = "crash", f"its process ended with exit code {one.process.exitcode}"
+        kind, value = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        worker.process.join()
+        worker.pipe.close()
+        kind, value = "crash", f"its process ended with exit code {worker.process.exitcode}"
     if kind == "progress":
-        on_progress(one.index, min(value, 0.999))
-        return False
-    results[one.index] = Crash(value) if kind == "crash" else value
-    one.pipe.close()
-    one.process.join()
-    on_progress(one.index, 1.0)
-    return True
+        on_progress(worker.index, min(value, 0.999))
+        return
+    results[worker.index] = Crash(value) if kind == "crash" else value
+    on_progress(worker.index, 1.0)
+    worker.index = None
 
 
-def _child(pipe: Connection, work: Work[Job, Result], job: Job) -> None:
+def _child(pipe: Connection, work: Work[Job, Result]) -> None:
     """Our own errors are told in words; any other ends the process with its traceback on stderr."""
-    with suppress(BrokenPipeError):  # the parent is gone, and so are we
-        try:
-            result = work(job, lambda share: pipe.send(("progress", share)))
-        except HalfmoonError as error:
-            pipe.send(("crash", f"{type(error).__name__}: {error}"))
-        else:
-            pipe.send(("result", result))
+    with suppress(BrokenPipeError, EOFError):  # the parent is gone, and so are we
+        while True:
+            job = pipe.recv()
+            try:
+                result = work(job, lambda share: pipe.send(("progress", share)))
+            except HalfmoonError as error:
+                pipe.send(("crash", f"{type(error).__name__}: {error}"))
+            else:
+                pipe.send(("result", result))
 
 
 def require_all(results: Sequence[Result | Crash], named: Sequence[tuple[str, str]]) -> None:

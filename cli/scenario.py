@@ -1,16 +1,21 @@
-"""Pure: what a user asks to simulate, the command line that asks it again, and sweeps over several of them."""
+"""Pure: what a user asks to simulate, the command line that asks it again, and sweeps over several of them.
+
+An option's limits are checked here, under the option's own name, before any file is read; names of policies, hardware
+and faults are checked by those who know them.
+"""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
 from halfmoon.errors import ConfigError
 from service.settings import load, parse_overrides
+from simulator.config import SimConfig
 
 COMBINATIONS_MAX = 1000
 """Of one sweep: at a few seconds each, an hour on one core, and as many lines in a table as anybody reads."""
@@ -24,21 +29,21 @@ SHOWN_AS = {"slo_ttft_s": "slo_ttft", "slo_tbt_s": "slo_tbt", "jitter_s": "jitte
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One simulation. Names of hardware, policies, placements and faults are checked where they are known.
+    """One simulation.
 
     Args:
         trace: a file, or the name of one where traces are kept.
         format: of the trace; "auto": told by its first line.
         requests: simulate the first so many; None: all.
         jitter_s: spread arrivals over this long; None: over 3 s where the trace has them in ticks of 3 s, else not.
-        hardware: a preset's name or a YAML file; empty: the simulator's default.
-        policy: of admission. placement: empty: the conductor's default.
-        faults: a preset's name or a YAML file; empty: none.
-        belief_bias: each cost term is believed this share too high or too low, by a draw of the seed; None: the
-            simulator's default.
+        hardware: a preset's name or a YAML file.
+        policy: of admission; "none" takes everything on.
+        faults: as simulator.faults reads them: "crash=2,storm".
+        belief_bias: each cost term is believed this share too high or too low, by a draw of the seed.
         belief_factor: every term is believed this many times what it is, instead of that draw.
         learn: beliefs are corrected by what workers measure.
         check: verify every invariant after every event.
+        exact: take every decode step by itself, instead of many that change nothing at once.
 
     Raises:
         ConfigError: naming the option and its limit.
@@ -51,20 +56,21 @@ class Scenario:
     jitter_s: float | None = None
     speedup: float = 1.0
     output_scale: float = 1.0
-    prefill: int = 1
-    decode: int = 1
-    coupled: int = 0
-    hardware: str = ""
-    policy: str = "predictive"
-    placement: str = ""
+    prefill: int = SimConfig.prefill
+    decode: int = SimConfig.decode
+    coupled: int = SimConfig.coupled
+    hardware: str = "a800-llama-70b"
+    policy: str = SimConfig.admission
+    placement: str = SimConfig.placement
     slo_ttft_s: float = 30.0
     slo_tbt_s: float = 0.1
     faults: str = ""
-    belief_bias: float | None = None
+    belief_bias: float = SimConfig.belief_bias
     belief_factor: float | None = None
     learn: bool = True
-    seed: int = 1
+    seed: int = SimConfig.seed
     check: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name in ("speedup", "output_scale"):
@@ -80,7 +86,7 @@ class Scenario:
         _require(self.requests is None or self.requests >= 1, "requests", self.requests, "at least 1, or all")
         _require(self.jitter_s is None or 0 <= self.jitter_s <= 3600, "jitter_s", self.jitter_s, "0 (off) to 3600 s")
         bias, factor = self.belief_bias, self.belief_factor
-        _require(bias is None or 0 <= bias < 1, "belief_bias", bias, "a share in [0, 1)")
+        _require(0 <= bias < 1, "belief_bias", bias, "a share in [0, 1)")
         _require(factor is None or 0.01 <= factor <= 100, "belief_factor", factor, "0.01 to 100 times the truth")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
 
@@ -169,9 +175,3 @@ def _text(value: object) -> str:
 def _require(ok: bool, key: str, value: object, expected: str) -> None:
     if not ok:
         raise ConfigError(key=key, value=value, expected=expected)
-
-
-def settings_of(asked: Scenario, names: Iterable[str] = ()) -> dict[str, object]:
-    """As a report prints them: options that were left open by default only if named."""
-    shown = {SHOWN_AS.get(name, name): value for name, value in asdict(asked).items()}
-    return {name: value for name, value in shown.items() if value not in (None, "", False) or name in names}

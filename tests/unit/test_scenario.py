@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cli.scenario import COMBINATIONS_MAX, Scenario, command, scenario, settings_of, slug, sweep
+from cli.scenario import COMBINATIONS_MAX, Scenario, command, scenario, slug, sweep
 from halfmoon.errors import ConfigError
 
 BASE = Scenario(trace="chat.jsonl", prefill=8, decode=8)
@@ -93,9 +93,3 @@ def test_a_sweep_that_makes_no_sense_is_refused(texts: list[str], key: str, expe
 
 def test_folders_are_told_apart_and_recognised() -> None:
     assert slug(3, "policy early, hardware /a/b.yaml") == "003-policy-early-hardware-a-b.yaml"
-
-
-def test_settings_leave_out_what_was_left_open() -> None:
-    assert settings_of(Scenario(trace="t"))["slo_ttft"] == 30.0
-    assert "faults" not in settings_of(Scenario(trace="t"))
-    assert settings_of(Scenario(trace="t", faults="crash=1"))["faults"] == "crash=1"

@@ -1,0 +1,179 @@
+"""Shell: `halfmoon simulate`: a trace through the product's own machines under a virtual clock, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cli.parallel import Crash, cores, require_all, run_all
+from cli.scenario import Scenario, command, scenario, slug, sweep
+from cli.simulating import (
+    REPORT,
+    Job,
+    admissions,
+    config_of,
+    simulate_job,
+    simulate_scenario,
+    trace_of,
+    write,
+    write_text,
+)
+from cli.tables import make_console
+from report.curves import Sketch
+from report.html import comparison_page
+from report.tables import comparison_tables, ranking_table, run_tables
+from simulator.policies import PLACEMENTS
+from simulator.presets import presets
+from workload.files import find_trace
+
+SIDE_BY_SIDE_MAX = 6
+"""Runs of a sweep that are printed in full; more are printed as one line each, and in full in the report."""
+
+WORKLOAD_OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
+    click.option("--trace", required=True, help="File, or the name of one in HALFMOON_TRACES or beside the checkout."),
+    click.option("--format", help="mooncake, azure, burstgpt; auto tells by the first line.  [default: auto]"),
+    click.option("--skip-bad", is_flag=True, default=None, help="Leave malformed lines out and count them."),
+    click.option("--requests", type=int, help="Only the first so many."),
+    click.option("--speedup", type=float, help="How much faster requests arrive.  [default: 1]"),
+    click.option("--output-scale", type=float, help="Output lengths times this.  [default: 1]"),
+    click.option("--jitter", "jitter_s", type=float, help="Spread arrivals over so many s; 0: off.  "
+                 "[default: 3 where the trace has them in ticks of 3 s]"),
+    click.option("--hardware", help=f"Preset ({', '.join(presets())}) or YAML file: what a node can do.  "
+                 f"[default: {Scenario.hardware}]"),
+    click.option("--seed", type=int, help="Same seed, same decisions.  [default: 1]"),
+)  # fmt: skip
+
+CLUSTER_OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
+    click.option("--prefill", type=int, help=f"Prefill nodes.  [default: {Scenario.prefill}]"),
+    click.option("--decode", type=int, help=f"Decode nodes.  [default: {Scenario.decode}]"),
+    click.option("--coupled", type=int, help="Nodes that do both.  [default: 0]"),
+    click.option("--policy", help=f"Of admission: {', '.join(admissions())}.  [default: {Scenario.policy}]"),
+    click.option("--placement", help=f"{', '.join(sorted(PLACEMENTS))}.  [default: {Scenario.placement}]"),
+    click.option("--slo-ttft", "slo_ttft_s", type=float, help="Limit of every request's TTFT, s.  [default: 30]"),
+    click.option("--slo-tbt", "slo_tbt_s", type=float, help="Limit of the mean of its worst tenth of gaps, s.  "
+                 "[default: 0.1]"),
+    click.option("--faults", help='What goes wrong, how often: "crash=2,partition=1,storm=3".'),
+    click.option("--belief-bias", type=float, help="Each cost is believed this share too high or too low, by a draw of "
+                 f"the seed.  [default: {Scenario.belief_bias:g}]"),
+    click.option("--belief", "belief_factor", type=float, help="Or: all costs are believed so many times the truth."),
+    click.option("--learn/--no-learn", default=None, help="Whether measurements correct beliefs.  [default: learn]"),
+    click.option("--check", is_flag=True, default=None, help="Verify every invariant after every event."),
+    click.option("--exact", is_flag=True, default=None, help="Take every decode step by itself: slower, equal."),
+)  # fmt: skip
+
+
+def with_options(
+    options: Sequence[Callable[[click.decorators.FC], click.decorators.FC]],
+) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    def add(decorated: click.decorators.FC) -> click.decorators.FC:
+        for option in reversed(options):
+            decorated = option(decorated)
+        return decorated
+
+    return add
+
+
+@click.command()
+@with_options(WORKLOAD_OPTIONS)
+@with_options(CLUSTER_OPTIONS)
+@click.option(
+    "--sweep", "sweeps", multiple=True, help='"OPTION=VALUE,VALUE": run them all; repeated, every combination.'
+)
+@click.option("--jobs", type=click.IntRange(1), help="Simulations at once in a sweep.  [default: all cores]")
+@click.option(
+    "--out", type=click.Path(file_okay=False), help="Folder for the files.  [default: runs/…, named after the run]"
+)
+def simulate(sweeps: tuple[str, ...], jobs: int | None, out: str | None, **given: object) -> None:
+    """Simulate a cluster on a trace; print what came of it; leave Parquet, JSON and an HTML report."""
+    asked = scenario(given)
+    combinations = sweep(asked, sweeps) if sweeps else [("", asked)]
+    for _, one in combinations:
+        config_of(one)  # refuses what nobody knows before anything runs
+        find_trace(one.trace)
+    console = make_console()
+    directory = Path(out) if out else Path("runs") / default_name(asked, sweeps)
+    if sweeps:
+        _simulate_many(combinations, directory, jobs or cores(), console, _sweep_command(asked, sweeps))
+    else:
+        _simulate_one(asked, directory, console)
+
+
+def default_name(asked: Scenario, sweeps: Sequence[str]) -> str:
+    """The same scenario goes to the same folder, another one to another."""
+    named = f"{Path(asked.trace).stem} {asked.nodes} {asked.policy} {asked.speedup:g}x seed {asked.seed}"
+    return slug(0, " ".join([named, *sweeps]))[4:]
+
+
+def progress_bar(console: Console) -> Progress:
+    """Goes away when it is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True)
+
+
+def _simulate_one(asked: Scenario, directory: Path, console: Console) -> None:
+    trace = trace_of(asked)
+    with progress_bar(make_console(stderr=True)) as bar:
+        task = bar.add_task(f"simulating {len(trace.requests):,} requests", total=1.0)
+        found, run = simulate_scenario(asked, trace, "", lambda share: bar.update(task, completed=share))
+    write(run, found, directory)
+    console.print(*run_tables(found), sep="\n")
+    console.print(f"Report: {escape(str(directory / REPORT))}", soft_wrap=True)
+
+
+def _simulate_many(
+    combinations: Sequence[tuple[str, Scenario]], directory: Path, num_processes: int, console: Console, again: str
+) -> None:
+    work = [
+        Job(label, one, str(directory / slug(number, label))) for number, (label, one) in enumerate(combinations, 1)
+    ]
+    results = run_shown(work, num_processes)
+    sketches = [result for result in results if not isinstance(result, Crash)]
+    if sketches:
+        _report(sketches, directory, console, again)
+    require_all(results, [(label, command(one)) for label, one in combinations])
+
+
+def run_shown(work: Sequence[Job], num_processes: int, what: str = "simulating") -> list[Sketch | Crash]:
+    """All of them, under one progress bar that counts those that have ended."""
+    with progress_bar(make_console(stderr=True)) as bar:
+        task = bar.add_task("", total=float(len(work)))
+        shares = [0.0] * len(work)
+
+        def show(index: int, share: float) -> None:
+            shares[index] = share
+            ended = sum(s >= 1.0 for s in shares)
+            bar.update(task, completed=sum(shares), description=f"{what}: {ended} of {len(work)}")
+
+        show(0, 0.0)
+        return run_all(simulate_job, work, num_processes, show)
+
+
+def _report(sketches: Sequence[Sketch], directory: Path, console: Console, again: str) -> None:
+    console.print(ranking_table(sketches))
+    if len(sketches) <= SIDE_BY_SIDE_MAX:
+        console.print(*comparison_tables(sketches, console.width), sep="\n")
+    for found in sketches:
+        console.print(f"{found.digest}  {escape(found.label)}", soft_wrap=True)
+    figures = [{"label": s.label, "settings": dict(s.settings), "digest": s.digest, "statistics": asdict(s.statistics)}
+               for s in sketches]  # fmt: skip
+    write_text(directory / "sweep.json", json.dumps({"halfmoon_sweep": 1, "runs": figures}, indent=2) + "\n")
+    write_text(directory / REPORT, comparison_page(f"{len(sketches)} simulations", sketches, again))
+    console.print(f"Report: {escape(str(directory / REPORT))}", soft_wrap=True)
+
+
+def _sweep_command(asked: Scenario, sweeps: Sequence[str]) -> str:
+    return command(asked) + "".join(f" --sweep {shlex.quote(text)}" for text in sweeps)

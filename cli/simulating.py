@@ -1,0 +1,142 @@
+"""Shell: one scenario simulated: its trace read and made ready, its run sketched and written to files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cli.scenario import Scenario, command
+from halfmoon.errors import ConfigError
+from report import files
+from report.curves import Sketch, sketch
+from report.html import run_page
+from report.records import Run
+from simulator.config import SimConfig
+from simulator.faults import parse_faults
+from simulator.policies import ADMISSIONS, PLACEMENTS
+from simulator.presets import load_hardware
+from simulator.run import simulate
+from workload.files import read_trace
+from workload.trace import Trace
+from workload.transforms import TICK_S
+
+REPORT = "report.html"
+TERMS = ("prefill", "decode", "transfer")
+"""Of the cost model, each with a belief of its own."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A scenario for another process. `directory`: where its files go; empty: nowhere."""
+
+    label: str
+    scenario: Scenario
+    directory: str = ""
+
+
+def simulate_job(job: Job, progress: Callable[[float], None]) -> Sketch:
+    """Run it, write its files, and hand back what tables and pages need.
+
+    Raises:
+        HalfmoonError: the scenario, its trace or its directory is no good.
+    """
+    found, run = simulate_scenario(job.scenario, trace_of(job.scenario), job.label, progress)
+    if job.directory:
+        write(run, found, Path(job.directory))
+    return found
+
+
+def simulate_scenario(
+    asked: Scenario, trace: Trace, label: str = "", progress: Callable[[float], None] = lambda share: None
+) -> tuple[Sketch, Run]:
+    """Simulate `trace`, which is `trace_of(asked)`. progress: told the share of requests that have ended."""
+    number = len(trace.requests)
+    run = simulate(trace, config_of(asked, trace), on_progress=lambda ended: progress(ended / number))
+    run = replace(run, title=f"{run.title}: {asked.policy}, {asked.speedup:g}x", settings=_settings(run, asked, trace))
+    return sketch(run, label=label or run.title, command=command(asked)), run
+
+
+def _settings(run: Run, asked: Scenario, trace: Trace) -> dict[str, object]:
+    """The simulator's own, with the nodes as numbers, so that a sweep over them is a sweep over numbers."""
+    nodes = {"prefill": asked.prefill, "decode": asked.decode, "coupled": asked.coupled}
+    said: dict[str, object] = {}
+    for name, value in run.settings.items():
+        said |= nodes if name == "nodes" else {name: value}
+    return said | ({"lines skipped": trace.skipped} if trace.skipped else {})
+
+
+def trace_of(asked: Scenario) -> Trace:
+    """As the file has it: the simulator changes speed and lengths, and spreads arrivals.
+
+    Raises:
+        NotFound, TraceError: naming the file, and where it is wrong.
+    """
+    return read_trace(asked.trace, asked.format, asked.skip_bad, asked.requests)
+
+
+def config_of(asked: Scenario, trace: Trace | None = None) -> SimConfig:
+    """What the simulator is told; without a trace, to see whether it is something that it knows.
+
+    Raises:
+        ConfigError: naming the setting, and what is known.
+    """
+    tick_s = TICK_S if trace is not None and ticked(trace) else 0.0
+    factor = asked.belief_factor
+    require_policies(asked.policy, asked.placement)
+    return SimConfig(
+        hardware=load_hardware(asked.hardware),
+        prefill=asked.prefill,
+        decode=asked.decode,
+        coupled=asked.coupled,
+        seed=asked.seed,
+        speedup=asked.speedup,
+        jitter_s=tick_s if asked.jitter_s is None else asked.jitter_s,
+        output_factor=asked.output_scale,
+        slo_ttft_s=asked.slo_ttft_s,
+        slo_tbt_s=asked.slo_tbt_s,
+        belief_bias=asked.belief_bias,
+        belief_factors={} if factor is None else dict.fromkeys(TERMS, factor),
+        learn=asked.learn,
+        macro=not asked.exact,
+        check=asked.check,
+        placement=asked.placement,
+        admission=asked.policy,
+        faults=parse_faults(asked.faults),
+    )
+
+
+def require_policies(admission: str, placement: str) -> None:
+    """Raises ConfigError, naming the option and what there is."""
+    for option, name, known in (
+        ("policy", admission, admissions()),
+        ("placement", placement, tuple(sorted(PLACEMENTS))),
+    ):
+        if name not in known:
+            raise ConfigError(key=f"simulate.{option}", value=name, expected=f"one of {', '.join(known)}")
+
+
+def admissions() -> tuple[str, ...]:
+    """Names of the admission policies; "none" takes everything on."""
+    return (*sorted(ADMISSIONS), "none")
+
+
+def ticked(trace: Trace) -> bool:
+    """Whether all arrivals lie on ticks of 3 s, as in Mooncake's chat trace: that is rounding, not a rhythm."""
+    return len(trace.requests) > 1 and all(request.at_s % TICK_S == 0 for request in trace.requests)
+
+
+def write(run: Run, found: Sketch, directory: Path) -> None:
+    files.save(run, found.statistics, directory)
+    write_text(directory / REPORT, run_page(found))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Raises ConfigError, naming the file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            key="simulate.out", value=str(path), expected=f"a file to write ({error.strerror})"
+        ) from error

@@ -1,0 +1,185 @@
+"""The commands on a small trace: what they print, what they leave, and what they say of bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cli.main import main
+from cli.scenario import Scenario, command
+from cli.simulating import config_of, simulate_scenario, ticked, trace_of
+from report.files import load
+from report.statistics import statistics
+from tests.traces import FIXTURE
+from workload.trace import Trace, TraceRequest
+
+SMALL = ("--trace", str(FIXTURE), "--requests", "40", "--prefill", "2", "--decode", "1", "--policy", "baseline")
+FAST = ("--speedup", "8", "--slo-ttft", "3")
+
+
+def halfmoon(*words: str) -> Result:
+    return CliRunner().invoke(main, words)
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> tuple[Result, Path]:
+    result = halfmoon("simulate", *SMALL, *FAST, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    return result, tmp_path / "out"
+
+
+def test_a_simulation_prints_what_it_leaves_in_files(done: tuple[Result, Path]) -> None:
+    result, directory = done
+    run = load(directory)
+    figures = statistics(run)
+    assert figures.requests == 40
+    assert re.fullmatch(r"[0-9a-f]{32,64}", run.digest)
+    assert f"digest: {run.digest}" in result.output
+    assert f"{figures.served_kv_tokens:,}" in result.output
+    assert f"Report: {directory / 'report.html'}" in result.output
+    page = (directory / "report.html").read_text()
+    assert run.digest in page
+    assert f"<td>{figures.served_kv_tokens:,}</td>" in page
+
+
+def test_the_printed_command_repeats_the_decisions(done: tuple[Result, Path]) -> None:
+    _, directory = done
+    page = (directory / "report.html").read_text()
+    again = re.search(r"<pre>halfmoon (simulate .*?)</pre>", page)
+    assert again is not None
+    repeated = halfmoon(*again.group(1).split(), "--out", str(directory / "again"))
+    assert repeated.exit_code == 0, repeated.output
+    assert load(directory / "again").digest == load(directory).digest
+    assert load(directory / "again").requests == load(directory).requests
+
+
+def test_another_seed_is_another_run(done: tuple[Result, Path], tmp_path: Path) -> None:
+    halfmoon("simulate", *SMALL, *FAST, "--seed", "2", "--out", str(tmp_path / "two"))
+    assert load(tmp_path / "two").digest != load(done[1]).digest
+
+
+def test_a_sweep_runs_every_combination(tmp_path: Path) -> None:
+    sweeps = ("--sweep", "speedup=8", "--sweep", "policy=baseline,none")
+    result = halfmoon("simulate", *SMALL, *sweeps, "--jobs", "2", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "sweep.json").read_text())["halfmoon_sweep"] == 1
+    runs = {entry["label"]: entry for entry in json.loads((tmp_path / "sweep.json").read_text())["runs"]}
+    assert list(runs) == ["speedup 8, policy baseline", "speedup 8, policy none"]
+    page = (tmp_path / "report.html").read_text()
+    for number, (label, entry) in enumerate(runs.items(), 1):
+        (folder,) = tmp_path.glob(f"{number:03d}-*")
+        assert load(folder).digest == entry["digest"]
+        assert f"{entry['digest']}  {label}" in result.output
+        assert label in page
+    alone = Scenario(trace=str(FIXTURE), requests=40, prefill=2, decode=1, speedup=8.0, policy="baseline")
+    found, _ = simulate_scenario(alone, trace_of(alone))
+    assert found.digest == runs["speedup 8, policy baseline"]["digest"], "a worker's run is the run"
+
+
+def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(FIXTURE.read_text().splitlines()[0] + "\nnonsense\n")
+    sweeps = ("--sweep", "skip-bad=false,true")
+    result = halfmoon("simulate", "--trace", str(bad), *sweeps, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "1 of 2 simulations did not finish" in result.output
+    assert "skip-bad false: TraceError" in result.output
+    one = Scenario(trace=str(bad))
+    assert f"reproduce: {command(one)}" in result.output
+    assert "skip-bad true" in result.output.split("Report:")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--policy", "wishful"), ("simulate.policy", "'wishful'", "baseline")),
+        (("--placement", "wishful"), ("simulate.placement", "'wishful'", "least_ttft")),
+        (("--hardware", "abacus"), ("hardware", "'abacus'", "a800-llama-70b", ".yaml file")),
+        (("--faults", "earthquake"), ("faults", "'earthquake'", "crash")),
+        (("--speedup", "-1"), ("simulate.speedup", "-1.0", "a number above 0")),
+        (("--prefill", "0"), ("simulate.prefill", "a prefill and a decode node, or a coupled one")),
+        (("--format", "morse"), ("format", "'morse'", "mooncake")),
+        (("--slo-tbt", "0"), ("simulate.slo_tbt_s", "seconds, above 0")),
+        (("--trace", "/nowhere/trace.jsonl"), ("/nowhere/trace.jsonl",)),
+        (("--sweep", "polcy=none"), ("simulate.sweep", "'polcy'", "policy")),
+        (("--sweep", "policy=none,wishful"), ("simulate.policy", "'wishful'")),
+    ],
+)
+def test_bad_input_is_named_with_what_is_allowed(words: tuple[str, ...], said: tuple[str, ...], tmp_path: Path) -> None:
+    result = halfmoon("simulate", *SMALL, *words, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert re.match(r"(ConfigError|NotFound|TraceError): ", result.output), result.output
+    for text in said:
+        assert text in result.output
+    assert not (tmp_path / "out").exists(), "nothing is left of what did not begin"
+
+
+def test_malformed_lines_are_refused_or_counted(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(FIXTURE.read_text().splitlines(keepends=True)[:20]) + '{"timestamp": 1}\n')
+    refused = halfmoon("simulate", "--trace", str(bad), "--out", str(tmp_path / "out"))
+    assert "line 21" in refused.output
+    taken = halfmoon("simulate", "--trace", str(bad), "--skip-bad", "--out", str(tmp_path / "out"))
+    assert taken.exit_code == 0, taken.output
+    assert load(tmp_path / "out").settings["lines skipped"] == 1
+
+
+def test_arrivals_in_ticks_are_spread_and_others_are_not() -> None:
+    def trace(*times_s: float) -> Trace:
+        requests = tuple(TraceRequest(at_s=t, input_tokens=1, output_tokens=1) for t in times_s)
+        return Trace(source="t", block_tokens=512, requests=requests)
+
+    assert ticked(trace(0, 3, 3, 9))
+    assert not ticked(trace(0, 3, 4))
+    asked = Scenario(trace="t")
+    assert config_of(asked, trace(0, 3)).jitter_s == 3.0
+    assert config_of(asked, trace(0, 1)).jitter_s == 0.0
+    assert config_of(replace(asked, jitter_s=1.5), trace(0, 3)).jitter_s == 1.5
+
+
+def test_a_plan_answers_from_simulations_and_says_so() -> None:
+    result = halfmoon(
+        "plan", "--trace", str(FIXTURE), "--requests", "20", "--speedup", "8", "--slo-ttft", "3", "--slo-tbt", "0.1",
+        "--gpus", "16",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for shape in ("1P+1D", "2C"):
+        assert shape in result.output
+    best = re.search(r"Best: (\S+), (\w+): ([\d.]+) effective requests/s, ([\d.]+) % of all", result.output)
+    assert best is not None
+    prefill, decode = re.fullmatch(r"(\d)P\+(\d)D", best.group(1)).groups() if "P" in best.group(1) else ("0", "0")  # type: ignore[union-attr]
+    coupled = best.group(1)[:-1] if best.group(1).endswith("C") else "0"
+    asked = Scenario(
+        trace=str(FIXTURE), requests=20, speedup=8.0, slo_ttft_s=3.0, prefill=int(prefill), decode=int(decode),
+        coupled=int(coupled), policy=best.group(2),
+    )  # fmt: skip
+    found, _ = simulate_scenario(asked, trace_of(asked))
+    assert best.group(4) == f"{found.statistics.effective / 20 * 100:.1f}"
+    assert "simulations of 20 requests" in result.output
+    assert "nothing was measured on hardware" in result.output
+    assert "costs believed" in result.output
+    assert f"See it whole: {command(asked)}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--gpus", "12"), "plan.gpus: got 12; expected a multiple of gpus_per_node, 8"),
+        (("--gpus", "0"), "plan.gpus: got 0; expected at least 1"),
+        (("--gpus", "16", "--policies", "wishful"), "simulate.policy: got 'wishful'"),
+        (("--gpus", "16", "--slo-ttft", "-1"), "simulate.slo_ttft_s: got -1.0"),
+    ],
+)
+def test_a_plan_refuses_bad_input(words: tuple[str, ...], said: str) -> None:
+    result = halfmoon("plan", "--trace", str(FIXTURE), "--slo-tbt", "0.1", "--slo-ttft", "3", *words)
+    assert result.exit_code == 1
+    assert said in result.output
+
+
+def test_the_trace_is_read_as_it_is() -> None:
+    assert len(trace_of(Scenario(trace=str(FIXTURE), requests=7)).requests) == 7

@@ -113,7 +113,7 @@ def default_name(asked: Scenario, sweeps: Sequence[str]) -> str:
 
 
 def progress_bar(console: Console) -> Progress:
-    """Goes away when it is done."""
+    """Goes away when it is done; in files and pipes there is none."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,7 +121,7 @@ def progress_bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _simulate_one(asked: Scenario, directory: Path, console: Console) -> None:

@@ -22,6 +22,9 @@ from workload.trace import Trace
 from workload.transforms import TICK_S
 
 REPORT = "report.html"
+TICK_SLACK_S = 0.01
+"""The published ticks are off by up to 3 ms."""
+
 TERMS = ("prefill", "decode", "transfer")
 """Of the cost model, each with a belief of its own."""
 
@@ -53,7 +56,8 @@ def simulate_scenario(
     """Simulate `trace`, which is `trace_of(asked)`. progress: told the share of requests that have ended."""
     number = len(trace.requests)
     run = simulate(trace, config_of(asked, trace), on_progress=lambda ended: progress(ended / number))
-    run = replace(run, title=f"{run.title}: {asked.policy}, {asked.speedup:g}x", settings=_settings(run, asked, trace))
+    title = f"{Path(asked.trace).name} on {asked.nodes}, {asked.policy}, {asked.speedup:g}x"
+    run = replace(run, title=title, settings=_settings(run, asked, trace))
     return sketch(run, label=label or run.title, command=command(asked)), run
 
 
@@ -123,7 +127,11 @@ def admissions() -> tuple[str, ...]:
 
 def ticked(trace: Trace) -> bool:
     """Whether all arrivals lie on ticks of 3 s, as in Mooncake's chat trace: that is rounding, not a rhythm."""
-    return len(trace.requests) > 1 and all(request.at_s % TICK_S == 0 for request in trace.requests)
+
+    def off_s(at_s: float) -> float:
+        return abs(at_s - round(at_s / TICK_S) * TICK_S)
+
+    return len(trace.requests) > 1 and all(off_s(request.at_s) <= TICK_SLACK_S for request in trace.requests)
 
 
 def write(run: Run, found: Sketch, directory: Path) -> None:

@@ -7,7 +7,7 @@ A plot that has nothing to show is None; the page then says what that means.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log10
+from math import ceil, floor, log10
 from typing import Any
 
 from report.curves import Cumulative, Sketch, rejected_by_stage
@@ -78,7 +78,7 @@ def distribution(
     marks = [_limit_line(limit * scale, f"limit {limit * scale:g} {unit}", log) for limit in limits[:3]]
     return figure(
         data, x=x, y="requests at or below, %",
-        xaxis={"type": "log", "dtick": 1, "exponentformat": "none"} if log else {"rangemode": "tozero"},
+        xaxis=_log_axis(smallest * scale, largest * scale) if log else {"rangemode": "tozero"},
         yaxis={"range": [0, 103]},
         shapes=[shape for shape, _ in marks], annotations=[note for _, note in marks],
     )  # fmt: skip
@@ -322,6 +322,15 @@ def _limit_line(at: float, text: str, log: bool) -> tuple[dict[str, Any], dict[s
         "showarrow": False, "font": {"color": BAD},
     }  # fmt: skip
     return shape, note
+
+
+def _log_axis(smallest: float, largest: float) -> dict[str, Any]:
+    """Ticks at 1, 2, 5 of each decade, or at 1 alone where there are many decades: written out, never as powers."""
+    first, last = floor(log10(smallest)), ceil(log10(largest))
+    steps = (1, 2, 5) if last - first <= 3 else (1,)
+    ticks = [step * 10.0**decade for decade in range(first, last + 1) for step in steps]
+    shown = [tick for tick in ticks if smallest <= tick <= largest * 1.05]
+    return {"type": "log", "tickmode": "array", "tickvals": shown, "ticktext": [f"{tick:,.6g}" for tick in shown]}
 
 
 def _dashed(colour: str) -> dict[str, Any]:

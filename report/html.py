@@ -229,4 +229,8 @@ def _command(command: str) -> str:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(v)}" for name, v in value.items()) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

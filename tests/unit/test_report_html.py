@@ -69,6 +69,17 @@ def test_limits_are_drawn_where_they_are(page: str) -> None:
     assert ttft["layout"]["annotations"][0]["text"] == "limit 30 s"
 
 
+def test_a_logarithmic_axis_has_ticks_that_read() -> None:
+    plot = figures.ttft([sketch(run(*(row(ttft_s=t) for t in (0.04, 0.5, 30.0))))])
+    assert plot is not None
+    axis = plot["layout"]["xaxis"]
+    assert axis["type"] == "log"
+    assert axis["ticktext"] == ["0.1", "1", "10"]
+    few = figures.tbt([sketch(run(row(tbt_worst_s=0.016), row(tbt_worst_s=0.9)))])
+    assert few is not None
+    assert few["layout"]["xaxis"]["ticktext"] == ["20", "50", "100", "200", "500"]
+
+
 def test_what_did_not_happen_is_said() -> None:
     page = without_plotly(run_page(sketch(run())))
     for sentence in ("No request was rejected.", "No request got a first token.", "No samples were taken."):

@@ -35,8 +35,8 @@ REQUESTS = 1000
 """Of the trace that each candidate serves, unless told otherwise: enough for a steady state, soon done."""
 
 POLICIES = ",".join(name for name in admissions() if name != "none")
-BELIEFS = (0.8, 1.2)
-"""Times the truth: costs that stay misjudged by a fifth."""
+BELIEFS = ((0.8, True), (1.2, True), (0.8, False), (1.2, False))
+"""(times the truth, whether measurements correct it): costs misjudged by a fifth, at first or for good."""
 
 Verdicts = dict[Candidate, Verdict]
 
@@ -66,7 +66,7 @@ def plan(gpus: int, gpus_per_node: int, policies: str, jobs: int | None, **given
     while wanted := next_round(search.verdicts, names):
         search.run(wanted, "narrowing down")
     best = ranked(search.verdicts)[0]
-    search.run([replace(best, belief=belief) for belief in BELIEFS], "sensitivity")
+    search.run([replace(best, belief=belief, learn=learn) for belief, learn in BELIEFS], "sensitivity")
     _print(make_console(), search, best)
 
 
@@ -95,10 +95,10 @@ class Search:
             self.verdicts[candidate] = verdict(found, self._arrivals_s, self.base.slo_ttft_s, self.base.slo_tbt_s)
 
     def scenario(self, candidate: Candidate) -> Scenario:
-        shape, held = candidate.shape, candidate.belief is not None
+        shape = candidate.shape
         return replace(
             self.base, prefill=shape.prefill, decode=shape.decode, coupled=shape.coupled, policy=candidate.policy,
-            belief_factor=candidate.belief, learn=not held,
+            belief_factor=candidate.belief, learn=candidate.learn,
         )  # fmt: skip
 
 
@@ -145,7 +145,10 @@ def _sensitivity(search: Search, best: Candidate) -> Table:
     changes = [(str(shape), "one node moved", Candidate(shape, best.policy)) for shape in neighbours(best.shape)]
     changes += [(c.policy, "another policy", c) for c in ranked(search.verdicts)
                 if c.shape == best.shape and c.policy != best.policy]  # fmt: skip
-    changes += [(f"{b - 1:+.0%}, and kept", "costs believed", replace(best, belief=b)) for b in BELIEFS]
+    changes += [
+        (f"{b - 1:+.0%} {'at first' if learn else 'for good'}", "costs believed", replace(best, belief=b, learn=learn))
+        for b, learn in BELIEFS
+    ]
     for what, why, candidate in changes:
         said = search.verdicts[candidate]
         change = f"{(said.goodput_per_s / base - 1) * 100:+.1f} %" if base else ""

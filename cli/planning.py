@@ -31,11 +31,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is simulated. `belief`: costs are believed this many times what they are, and stay so; None: learned."""
+    """What is simulated.
+
+    Args:
+        belief: costs are believed this many times what they are at first; None: as the simulator's seed draws it.
+        learn: measurements correct that.
+    """
 
     shape: Shape
     policy: str
     belief: float | None = None
+    learn: bool = True
 
     def __str__(self) -> str:
         return f"{self.shape}, {self.policy}"

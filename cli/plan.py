@@ -35,8 +35,9 @@ REQUESTS = 1000
 """Of the trace that each candidate serves, unless told otherwise: enough for a steady state, soon done."""
 
 POLICIES = ",".join(name for name in admissions() if name != "none")
-BELIEFS = ((0.8, True), (1.2, True), (0.8, False), (1.2, False))
-"""(times the truth, whether measurements correct it): costs misjudged by a fifth, at first or for good."""
+BELIEFS = (0.8, 1.2)
+"""Times the truth, at first. (Told of no measurement, the conductor rejects by none of its estimates: a belief that
+stayed wrong would show what measuring is worth, not what a fifth is.)"""
 
 Verdicts = dict[Candidate, Verdict]
 
@@ -66,7 +67,7 @@ def plan(gpus: int, gpus_per_node: int, policies: str, jobs: int | None, **given
     while wanted := next_round(search.verdicts, names):
         search.run(wanted, "narrowing down")
     best = ranked(search.verdicts)[0]
-    search.run([replace(best, belief=belief, learn=learn) for belief, learn in BELIEFS], "sensitivity")
+    search.run([replace(best, belief=belief) for belief in BELIEFS], "sensitivity")
     _print(make_console(), search, best)
 
 
@@ -98,7 +99,7 @@ class Search:
         shape = candidate.shape
         return replace(
             self.base, prefill=shape.prefill, decode=shape.decode, coupled=shape.coupled, policy=candidate.policy,
-            belief_factor=candidate.belief, learn=candidate.learn,
+            belief_factor=candidate.belief,
         )  # fmt: skip
 
 
@@ -145,10 +146,7 @@ def _sensitivity(search: Search, best: Candidate) -> Table:
     changes = [(str(shape), "one node moved", Candidate(shape, best.policy)) for shape in neighbours(best.shape)]
     changes += [(c.policy, "another policy", c) for c in ranked(search.verdicts)
                 if c.shape == best.shape and c.policy != best.policy]  # fmt: skip
-    changes += [
-        (f"{b - 1:+.0%} {'at first' if learn else 'for good'}", "costs believed", replace(best, belief=b, learn=learn))
-        for b, learn in BELIEFS
-    ]
+    changes += [(f"{b - 1:+.0%} at first", "costs believed", replace(best, belief=b)) for b in BELIEFS]
     for what, why, candidate in changes:
         said = search.verdicts[candidate]
         change = f"{(said.goodput_per_s / base - 1) * 100:+.1f} %" if base else ""

@@ -31,17 +31,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is simulated.
-
-    Args:
-        belief: costs are believed this many times what they are at first; None: as the simulator's seed draws it.
-        learn: measurements correct that.
-    """
+    """What is simulated. `belief`: costs are believed so many times the truth at first; None: as the seed draws it."""
 
     shape: Shape
     policy: str
     belief: float | None = None
-    learn: bool = True
 
     def __str__(self) -> str:
         return f"{self.shape}, {self.policy}"

@@ -185,9 +185,9 @@ def _quintiles(figures: Statistics) -> Table:
 
 
 def _residuals(sketch: Sketch) -> Table:
-    table = _table("Cost terms (relative error of what was believed)")
+    table = _table("Costs believed, %")
     table.add_column("term", overflow="fold")
-    for name in ("bias %", "error %"):
+    for name in ("bias", "error"):
         table.add_column(name, justify="right", no_wrap=True)
     for term, (bias, error) in sketch.residuals.items():
         table.add_row(term, signed(bias * 100, 1), decimal(error * 100, 1))
@@ -196,6 +196,7 @@ def _residuals(sketch: Sketch) -> Table:
 
 def _counters(sketch: Sketch) -> Table:
     table = _table("Counters")
+    table.show_header = False
     table.add_column("", overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
     for name, number in sketch.counters.items():

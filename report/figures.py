@@ -184,7 +184,10 @@ def stacked(
 
 
 def errors(sketches: Sequence[Sketch], which: str) -> Figure | None:
-    """Cumulative curves of predicted minus actual; `which` is "ttft" (s) or "tbt" (ms)."""
+    """Cumulative curves of predicted minus actual; `which` is "ttft" (s) or "tbt" (ms).
+
+    The axis leaves out the outermost 1 % on either side: a few requests of a crash would flatten all others.
+    """
     scale, unit = (1.0, "s") if which == "ttft" else (1e3, "ms")
     curves = [(sketch.label, getattr(sketch, f"{which}_error")) for sketch in sketches]
     data = [
@@ -197,9 +200,12 @@ def errors(sketches: Sequence[Sketch], which: str) -> Figure | None:
     shape, note = _limit_line(0.0, "as predicted", log=False)
     shape["line"] = _dashed(QUIET)
     note["font"] = {"color": QUIET}
+    inner = [_inner(curve) for _, curve in curves if curve.values]
+    low, high = min(0.0, *(low for low, _ in inner)) * scale, max(0.0, *(high for _, high in inner)) * scale
+    margin = 0.05 * (high - low) or 1.0
     return figure(
         data, x=f"{which.upper()} predicted − actual, {unit}", y="requests at or below, %", yaxis={"range": [0, 103]},
-        shapes=[shape], annotations=[note],
+        xaxis={"range": [low - margin, high + margin]}, shapes=[shape], annotations=[note],
     )  # fmt: skip
 
 
@@ -311,6 +317,13 @@ def _line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str) -> dict[st
         "type": "scatter", "mode": "lines", "name": name, "x": list(x), "y": list(y),
         "line": {"color": colour, "width": 2},
     }  # fmt: skip
+
+
+def _inner(curve: Cumulative) -> tuple[float, float]:
+    """Its 1st and 99th percentiles."""
+    first = next(v for v, share in zip(curve.values, curve.shares, strict=True) if share >= 0.01)
+    last = next(v for v, share in zip(curve.values, curve.shares, strict=True) if share >= 0.99)
+    return first, last
 
 
 def _limit_line(at: float, text: str, log: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -87,7 +87,7 @@ def run_page(sketch: Sketch) -> str:
     )
     page.section(
         "Predictions",
-        "Right of zero: predicted higher than it was.",
+        "Right of zero: predicted higher than it was. The outermost hundredth on either side is not shown.",
         ("Time to first token", figures.errors([sketch], "ttft"), "No prediction met its outcome."),
         ("Time between tokens", figures.errors([sketch], "tbt"), "No prediction met its outcome."),
     )

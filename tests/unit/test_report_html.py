@@ -80,6 +80,16 @@ def test_a_logarithmic_axis_has_ticks_that_read() -> None:
     assert few["layout"]["xaxis"]["ticktext"] == ["20", "50", "100", "200", "500"]
 
 
+def test_a_single_wild_error_does_not_flatten_the_others() -> None:
+    rows = [row(f"r{n}", ttft_s=1.0, predicted_ttft_s=1.0 + n / 200) for n in range(200)]
+    plot = figures.errors([sketch(run(*rows, row("wild", ttft_s=1000.0, predicted_ttft_s=1.0)))], "ttft")
+    assert plot is not None
+    low, high = plot["layout"]["xaxis"]["range"]
+    assert -0.1 < low <= 0.0
+    assert 0.9 < high < 1.1
+    assert plot["data"][0]["x"][0] == -999.0, "it is there for whoever zooms out"
+
+
 def test_what_did_not_happen_is_said() -> None:
     page = without_plotly(run_page(sketch(run())))
     for sentence in ("No request was rejected.", "No request got a first token.", "No samples were taken."):

@@ -134,8 +134,9 @@ def test_arrivals_in_ticks_are_spread_and_others_are_not() -> None:
         requests = tuple(TraceRequest(at_s=t, input_tokens=1, output_tokens=1) for t in times_s)
         return Trace(source="t", block_tokens=512, requests=requests)
 
-    assert ticked(trace(0, 3, 3, 5.999, 9.013))
+    assert ticked(trace(0, 3, 3, 5.999, 9.003))
     assert not ticked(trace(0, 3, 4))
+    assert not ticked(trace(0, 3.02, 6))
     asked = Scenario(trace="t")
     assert config_of(asked, trace(0, 3)).jitter_s == 3.0
     assert config_of(asked, trace(0, 1)).jitter_s == 0.0

@@ -26,7 +26,7 @@ from core.messages import (
 from halfmoon.types import Epoch, NodeId, Tier
 from kv_store.tiers import KvCache
 from kv_store.transfer import TransferMachine
-from kv_store.transfer_source import Tail
+from kv_store.transfer_attempts import Tail
 from kv_store.values import Move
 from node.effects import AbortPull, Effect, Emit, HandOver, Pass, Report, StartPull, Withdraw, WorkerMachine
 from simulator.audit import Audit

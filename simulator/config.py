@@ -65,7 +65,7 @@ class SimConfig:
     learn: bool = True
     macro: bool = True
     check: bool = False
-    placement: str = "least_ttft"
+    placement: str = "algorithm1"
     admission: str = "baseline"
     conductor: ConductorConfig = field(default_factory=ConductorConfig)
     report_interval_s: float = 0.5

@@ -8,18 +8,18 @@ from dataclasses import replace
 from typing import TypeVar
 
 from conductor.admission import Admission, AdmissionPolicy, Baseline, Mode
+from conductor.config import PlacementName
 from conductor.desk import Layout
 from conductor.effects import Slo
 from conductor.machine import ConductorMachine
-from conductor.policy import LeastTtft, PlacementPolicy
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import ConfigError
 from simulator.config import SimConfig
 
 Make = TypeVar("Make")
 
-PLACEMENTS: Mapping[str, Callable[[random.Random], PlacementPolicy]] = {"least_ttft": lambda rng: LeastTtft()}
-"""By name; each may draw from the generator that it is given."""
+PLACEMENTS = {name.value: name for name in PlacementName}
+"""By name."""
 
 ADMISSIONS: Mapping[str, Callable[[], AdmissionPolicy]] = {"baseline": Baseline}
 """By name."""
@@ -35,13 +35,12 @@ def make_conductor(
 
     Args:
         factors: of the prior, by term.
-        rng: of its placement policy.
+        rng: seeds its placement policy.
 
     Raises:
         ConfigError: an unknown policy.
     """
     hardware = config.hardware
-    placement = _named("placement", config.placement, PLACEMENTS)(rng)
     policies: list[tuple[AdmissionPolicy, Mode]] = []
     if config.admission != NO_ADMISSION:
         policies.append((_named("admission", config.admission, ADMISSIONS)(), Mode.ENFORCE))
@@ -49,13 +48,14 @@ def make_conductor(
         config.conductor,
         slo=Slo(ttft_s=config.slo_ttft_s, tbt_s=config.slo_tbt_s),
         prior=hardware.prior(factors),
+        placement=_named("placement", config.placement, PLACEMENTS),
+        placement_seed=rng.getrandbits(32),
     )
     return ConductorMachine(
         config=settings,
         layout=Layout(block_size=hardware.block_tokens, block_bytes=hardware.block_bytes),
         conductor_id="simulated",
         fingerprint=fingerprint,
-        policy=placement,
         admission=Admission(policies),
     )
 

@@ -98,7 +98,7 @@ def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> 
     ("words", "said"),
     [
         (("--policy", "wishful"), ("simulate.policy", "'wishful'", "baseline")),
-        (("--placement", "wishful"), ("simulate.placement", "'wishful'", "least_ttft")),
+        (("--placement", "wishful"), ("simulate.placement", "'wishful'", "algorithm1")),
         (("--hardware", "abacus"), ("hardware", "'abacus'", "a800-llama-70b", ".yaml file")),
         (("--faults", "earthquake"), ("faults", "'earthquake'", "crash")),
         (("--speedup", "-1"), ("simulate.speedup", "-1.0", "a number above 0")),

@@ -275,6 +275,8 @@ class DecodeMachine:
         where an output stops, and any event may change the answer.
         """
         assert self._pass is not None, "no pass is out"
+        if self._attempts.has_effects:
+            return 0  # `decide` has failed somebody, which the next `account` is to tell
         num_in_pass, plain = 0, PLAIN_STEPS_MAX
         for attempt in self._attempts.all():
             if attempt.in_pass:

@@ -196,6 +196,11 @@ class Attempts(Generic[A]):
         free = self._cache.available(Tier.DEVICE)
         self.report(Refused(attempt_id=attempt_id, reason=reason, free_blocks=free))
 
+    @property
+    def has_effects(self) -> bool:
+        """Something was decided that nobody has taken yet."""
+        return bool(self._outbox)
+
     def take_effects(self) -> list[Effect]:
         """Everything decided since the last call, in order."""
         effects, self._outbox = self._outbox, []

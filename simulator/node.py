@@ -23,7 +23,7 @@ from core.messages import (
     Token,
     WorkerEvent,
 )
-from halfmoon.types import Epoch, NodeId, Tier
+from halfmoon.types import Epoch, NodeId, Role, Tier
 from kv_store.tiers import KvCache
 from kv_store.transfer import TransferMachine
 from kv_store.transfer_attempts import Tail
@@ -137,6 +137,10 @@ class Node:
     @property
     def epoch(self) -> Epoch:
         return self.info.epoch
+
+    @property
+    def role(self) -> Role:
+        return self.info.role
 
     @property
     def at_rest(self) -> bool:

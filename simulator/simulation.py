@@ -51,7 +51,7 @@ MakeConductor = Callable[[SimConfig, Fingerprint, dict[str, float], random.Rando
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """`began_s`: the world's time of the trace's beginning; rows and samples count from there."""
+    """What report.records.Run is made of. Times count from the trace's beginning."""
 
     rows: tuple[RequestRow, ...]
     samples: tuple[LoadSample, ...]
@@ -128,17 +128,20 @@ class Simulation:
             self._plan_faults(last_s)
             limit_s = last_s + AFTER_S_MAX
             self.world.run(partial(self._done, on_progress), limit_s, self._where)
-        duration_s = self.world.now_s - self.began_s
+        result = self._result()
         if self._audit is not None:
             self.world.run(lambda: self.cluster.at_rest, REST_S_MAX, self._where)
             self._audit.finish()
+        return result
+
+    def _result(self) -> Result:
         return Result(
             rows=tuple(sorted(self._rows, key=lambda row: (row.arrived_s, int(row.request_id[1:])))),
             samples=tuple(self._samples),
             digest=self.cluster.log.hex(),
             counters=self._counters(),
             residuals=self._residuals(),
-            duration_s=duration_s,
+            duration_s=self.world.now_s - self.began_s,
             num_events=self.world.num_events,
             num_passes=sum(node.compute.num_passes for node in self.cluster.peers.nodes.values()),
         )
@@ -188,7 +191,7 @@ class Simulation:
     def _sample(self) -> None:
         """Every second between the first and the last arrival."""
         self._samples.append(sample_of(self.cluster, self.config, self.world.now_s, self.began_s))
-        if self._num_arrived < len(self._arrivals):
+        if self.world.now_s + SAMPLE_S <= self._arrivals[-1][0]:
             self.world.after(SAMPLE_S, self._sample)
 
     # ---- faults ----

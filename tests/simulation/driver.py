@@ -27,7 +27,8 @@ from core.messages import (
 )
 from engine.fake import fake_tokens
 from halfmoon.types import AttemptId, Epoch, FinishReason, RequestId, Role, SamplingParams
-from tests.simulation.world import SIZE, Node, World
+from simulator.node import Node
+from tests.simulation.world import SIZE, World
 
 ATTEMPTS_MAX = 60
 END = Refused | AttemptFailed | AttemptFinished | Closed
@@ -139,8 +140,8 @@ class Driver:
             request.legs = (prefill,)
         else:
             request.legs = (self.world.rng.choice(decoders), prefill)
-            request.legs[0].command(self._reserve(request, prefill))
-        prefill.command(self._prefill(request, alive))
+            self.world.tell(request.legs[0], self._reserve(request, prefill))
+        self.world.tell(prefill, self._prefill(request, alive))
         for node in request.legs:
             self.told[node.epoch, request.attempt_id] = node
 
@@ -182,7 +183,7 @@ class Driver:
 
     def _cancel_legs(self, request: Request) -> None:
         for node in request.legs:
-            node.command(CancelCommand(attempt_id=request.attempt_id, reason="the driver says so"))
+            self.world.tell(node, CancelCommand(attempt_id=request.attempt_id, reason="the driver says so"))
 
     def _again(self, request: Request) -> None:
         """A new attempt, which gets what was emitted; whatever the old one still emits is dropped."""
@@ -215,9 +216,11 @@ class Driver:
         elif isinstance(event, PrefillDone) and len(request.legs) == 2:
             decoder = request.legs[0]
             if event.finish_reason is None:
-                decoder.command(StartCommand(attempt_id=request.attempt_id, first_token_id=event.first_token_id))
+                start = StartCommand(attempt_id=request.attempt_id, first_token_id=event.first_token_id)
+                self.world.tell(decoder, start)
             else:
-                decoder.command(CancelCommand(attempt_id=request.attempt_id, reason="finished at the first token"))
+                cancel = CancelCommand(attempt_id=request.attempt_id, reason="finished at the first token")
+                self.world.tell(decoder, cancel)
 
     def _on_token(self, node: Node, token: Token) -> None:
         request = self.requests[token.attempt_id.request_id]

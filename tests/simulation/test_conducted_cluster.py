@@ -19,7 +19,7 @@ def cluster(seed: int, names: str, **sizes: int) -> Conducted:
     world = World(seed)
     conducted = Conducted(world)
     for name in names.split():
-        conducted.add(name, ROLES[name[0]], **sizes)
+        conducted.start(name, ROLES[name[0]], **sizes)
     world.run(lambda: world.now_s > 12.0)
     return conducted
 
@@ -33,7 +33,7 @@ def submit(conducted: Conducted, name: str) -> None:
         max_tokens=rng.choice((1, 2, rng.randint(3, 40))),
         stop_token_ids=tuple(b"z.") if rng.random() < 0.3 else (),
     )
-    conducted.submit(name, prompt, sampling)
+    conducted.ask(name, prompt, sampling)
 
 
 def flood(conducted: Conducted, count: int, within_s: float) -> random.Random:
@@ -47,10 +47,10 @@ def flood(conducted: Conducted, count: int, within_s: float) -> random.Random:
 def finish(conducted: Conducted, count: int) -> tuple[list[str], float]:
     """How the requests ended, and how long the last one took after the last arrival."""
     world = conducted.world
-    world.run(lambda: len(conducted.clients) == count)
+    world.run(lambda: len(conducted.stories) == count)
     arrived_s = world.now_s
     conducted.run()
-    clients = list(conducted.clients.values())
+    clients = list(conducted.stories.values())
     return [client.ends[0] for client in clients], max(c.ended_s for c in clients) - arrived_s
 
 
@@ -73,7 +73,7 @@ def test_a_death_that_the_peers_see_first_costs_a_try_or_two(seed: int) -> None:
     victim = conducted.world.nodes[rng.choice(list(conducted.world.nodes))]
     at_s = rng.uniform(0.1, 1.0)
     conducted.world.after(at_s, lambda: conducted.kill(victim))
-    again = partial(conducted.add, victim.node_id, victim.role, device=80, dram=30)
+    again = partial(conducted.start, victim.node_id, victim.role, device=80, dram=30)
     conducted.world.after(at_s + 1.0, again)
     ends, _ = finish(conducted, 24)
     assert ends == ["finished"] * 24
@@ -96,9 +96,9 @@ def test_cancels_at_every_moment_between_faults(seed: int) -> None:
     conducted = cluster(seed, "p1 p2 d1 c1", device=40, dram=10)
     rng = flood(conducted, 24, within_s=0.1)
     world = conducted.world
-    world.run(lambda: len(conducted.clients) == 24)
-    for client in list(conducted.clients.values())[::2]:
-        world.after(rng.uniform(0.0, 0.15), partial(conducted.cancel, client))
+    world.run(lambda: len(conducted.stories) == 24)
+    for client in list(conducted.stories.values())[::2]:
+        world.after(rng.uniform(0.0, 0.15), partial(conducted.drop, client))
     world.after(rng.uniform(0.0, 0.5), lambda: conducted.break_link(world.nodes[rng.choice(list(world.nodes))]))
     ends, _ = finish(conducted, 24)
     assert set(ends) == {"cancelled", "finished"}
@@ -110,8 +110,8 @@ def test_a_new_conductor_ends_what_the_old_one_began(seed: int) -> None:
     rng = flood(conducted, 20, within_s=0.3)
     conducted.world.after(0.3 + rng.uniform(0.0, 0.2), conducted.restart)
     ends, _ = finish(conducted, 20)
-    assert "conductor lost" in ends
+    assert "failed: the conductor was lost" in ends
     conducted.world.run(lambda: conducted.machine.status().nodes != () and conducted.world.at_rest)
     submit(conducted, "later")
     conducted.run()
-    assert conducted.clients[RequestId("later")].ends == ["finished"]
+    assert conducted.stories[RequestId("later")].ends == ["finished"]

@@ -72,6 +72,17 @@ def test_however_it_is_fed_a_chain_gives_the_same_names(tokens: list[int], data:
     assert len(chain.hashes) == len(tokens) // 4
 
 
+@given(st.lists(st.integers(0, 500), max_size=40), st.integers(0, 10))
+def test_a_chain_that_begins_with_known_names_goes_on_as_if_it_had_made_them(tokens: list[int], known: int) -> None:
+    whole = BlockChain(root_hash(GOLDEN), 4)
+    whole.extend(tokens)
+    known = min(known, len(whole.hashes))
+    chain = BlockChain(root_hash(GOLDEN), 4)
+    chain.begin_with(whole.hashes[:known], tokens[4 * known : 4 * known + 1])
+    chain.extend(tokens[4 * known + 1 :])
+    assert (chain.hashes, chain.num_tokens) == (whole.hashes, len(tokens))
+
+
 def test_a_token_that_is_no_u32_is_refused() -> None:
     with pytest.raises(struct.error):
         names([0, 1, 2, -1])

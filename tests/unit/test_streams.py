@@ -93,3 +93,24 @@ def test_stats_are_told_apart_by_where_they_ride() -> None:
     offer(log, token(3, 2, node="q"), token(4, 2, node="e"))
     assert [s.node_id for s in log.prefill_stats] == ["p", "q"]
     assert [s.node_id for s in log.decode_stats] == ["d", "e"]
+
+
+def test_a_run_of_tokens_is_as_good_as_one_by_one() -> None:
+    log, twin = begun(), begun()
+    offer(twin, *(token(i) for i in range(5)))
+    assert log.offer_run(attempt(1), 0, [100, 101])
+    assert log.offer_run(attempt(1), 2, [102, 103, 104])
+    assert (log.token_ids, log.num_tokens) == (twin.token_ids, 5)
+
+
+def test_a_run_that_is_not_simply_next_changes_nothing() -> None:
+    log = begun()
+    assert not log.offer_run(attempt(1), 1, [101])
+    assert not log.offer_run(attempt(2), 0, [100])
+    log.offer(token(1), 0.0)
+    assert not log.offer_run(attempt(1), 0, [100])  # a token waits for this one
+    assert log.token_ids == ()
+    log.offer(token(0), 0.0)
+    log.close()
+    assert not log.offer_run(attempt(1), 2, [102])
+    assert log.token_ids == (100, 101)

@@ -1,0 +1,266 @@
+"""The simulator: figures that can be reckoned by hand, the same story every time, many steps at once or one by one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conductor.effects import Effect, End
+from conductor.machine import ConductorMachine
+from halfmoon.errors import ConfigError, Failed
+from halfmoon.types import Outcome, RequestId
+from simulator.config import SimConfig
+from simulator.policies import make_conductor
+from simulator.run import simulate
+from simulator.simulation import Simulation
+from tests.simulation.scenarios import HARDWARE, chats, config, fingerprint, run
+from workload.trace import Trace, TraceRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERYTHING = "crash=2,partition=1,storm=1,hang_up=2,tokens=2,stale=1,conductor=1,partition_s=3,storm_s=2,restart_s=2"
+
+
+def outcomes(run_: object) -> Counter[Outcome]:
+    return Counter(row.outcome for row in run_.requests)  # type: ignore[attr-defined]
+
+
+# ---- by hand ----
+
+
+def test_one_request_takes_what_the_formulas_say() -> None:
+    request = TraceRequest(at_s=3.0, input_tokens=100, output_tokens=4, block_ids=tuple(range(7)))
+    trace = Trace(source="one", block_tokens=16, requests=(request,))
+    (row,) = simulate(trace, config(noise=0.0, prefill=1, decode=1)).requests
+    prefill_s = 0.002 + 100 * 2e-4 + 0.5 * 100**2 * 1e-7
+    message_s, block_s, link_s = 5e-4, 16 * 1000 / 1e8, 2e-4
+    assert row.arrived_s == pytest.approx(3.0)
+    assert row.ttft_s == pytest.approx(message_s + prefill_s + message_s)
+    # seven blocks, the partial one among them, follow each other over the link; the first token comes earlier
+    pulled_s = message_s + 7 * block_s + link_s
+    steps = [0.01 + 1e-4 + 1e-6 * kv_tokens for kv_tokens in (101, 102, 103)]
+    assert row.tbt_max_s == row.tbt_worst_s == pytest.approx(pulled_s + steps[0])
+    assert row.tbt_p50_s == pytest.approx(steps[2])
+    assert row.ended_s == pytest.approx(3.0 + 2 * message_s + prefill_s + pulled_s + sum(steps))
+    assert (row.output_tokens, row.attempts, row.outcome) == (4, 1, Outcome.FINISHED)
+    assert row.prefill_s == pytest.approx(prefill_s)
+
+
+def test_a_prefix_is_found_and_costs_what_is_left_of_it() -> None:
+    first = TraceRequest(at_s=0.0, input_tokens=160, output_tokens=1, block_ids=tuple(range(10)))
+    second = TraceRequest(at_s=5.0, input_tokens=200, output_tokens=1, block_ids=(*range(10), 90, 91, 92))
+    trace = Trace(source="two", block_tokens=16, requests=(first, second))
+    one, two = simulate(trace, config(noise=0.0, prefill=1, decode=1)).requests
+    assert (one.hit_tokens_device, two.hit_tokens_device) == (0, 160)
+    assert two.prefill_s == pytest.approx(0.002 + 40 * 2e-4 + 1e-7 * (40 * 160 + 0.5 * 40**2))
+
+
+def test_two_copies_from_one_sender_wait_for_each_other() -> None:
+    """Two prompts wait for a third one, end in one pass, and go to two decode workers over one outgoing link."""
+    requests = [
+        TraceRequest(at_s=at_s, input_tokens=64, output_tokens=2, block_ids=tuple(range(i, i + 4)))
+        for at_s, i in ((0.0, 0), (0.001, 10), (0.001, 20))
+    ]
+    trace = Trace(source="pair", block_tokens=16, requests=tuple(requests))
+    rows = simulate(trace, config(noise=0.0, prefill=1, decode=3)).requests
+    assert len({row.decode_node for row in rows}) == 3
+    assert rows[1].ttft_s == pytest.approx(rows[2].ttft_s)
+    one, two = (row.tbt_max_s or 0.0 for row in rows[1:])
+    assert abs(two - one) == pytest.approx(4 * 16 * 1000 / 1e8)
+
+
+def test_nobody_is_told_how_long_an_output_will_be() -> None:
+    asked = set()
+
+    class Nosy(ConductorMachine):
+        def on_request(self, spec: object, now_s: float) -> list[Effect]:
+            asked.add((spec.sampling.max_tokens, spec.sampling.stop_token_ids))  # type: ignore[attr-defined]
+            return super().on_request(spec, now_s)  # type: ignore[arg-type]
+
+    def conductor(*args: object) -> ConductorMachine:
+        machine = make_conductor(*args)  # type: ignore[arg-type]
+        machine.__class__ = Nosy
+        return machine
+
+    done = simulate(chats(1, 30), config(), conductor=conductor)
+    assert [limit for limit, _ in asked] == [2048]
+    assert len({row.output_tokens for row in done.requests}) > 10
+
+
+# ---- the same story ----
+
+
+def test_the_hash_seed_changes_nothing() -> None:
+    program = "from tests.simulation.scenarios import *; print(fingerprint(run(5, faults='crash=1,storm=1,tokens=1')))"
+    prints = []
+    for seed in ("0", "4242"):
+        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        prints.append(done.stdout)
+    assert prints[0] == prints[1] == fingerprint(run(5, faults="crash=1,storm=1,tokens=1")) + "\n"
+
+
+def test_another_seed_is_another_story() -> None:
+    trace = chats(1, 40)
+    first, second = (simulate(trace, config(seed=seed)) for seed in (1, 2))
+    assert first.digest != second.digest
+
+
+@pytest.mark.parametrize(
+    ("seed", "faults"),
+    [
+        (1, ""),
+        (1, "crash=2"),
+        (1, "hang_up=4,tokens=4"),
+        (1, "partition=2"),
+        (2, "storm=1"),
+        (1, EVERYTHING),
+        (2, EVERYTHING),
+    ],
+)
+def test_many_steps_at_once_are_as_good_as_one_by_one(seed: int, faults: str) -> None:
+    many, single = (run(seed, 60, faults, macro=macro, check=macro) for macro in (True, False))
+    assert many.counters["sim_events"] < single.counters["sim_events"]
+    assert fingerprint(many) == fingerprint(single)
+
+
+@pytest.mark.parametrize("dram", [0, 60])
+def test_many_steps_at_once_where_room_is_short(dram: int) -> None:
+    hardware = {"decode_blocks": 40, "decode_dram_blocks": dram}
+    settings = {"hardware": hardware, "output_factor": 3.0, "every_s": 0.05, "output_tokens_max": 200}
+    many, single = (run(3, 80, macro=macro, check=macro, **settings) for macro in (True, False))
+    assert fingerprint(many) == fingerprint(single)
+    assert outcomes(many)[Outcome.FINISHED] > 70
+    assert sum(row.preemptions for row in many.requests) > 0 or dram == 0
+
+
+@pytest.mark.parametrize("settings", [{"coupled": 3, "prefill": 0, "decode": 0}, {"coupled": 1}])
+def test_coupled_workers_serve_too(settings: dict[str, int]) -> None:
+    done = run(2, 60, **settings)
+    assert outcomes(done) == {Outcome.FINISHED: 60}
+    assert any(row.prefill_node.startswith("c") for row in done.requests)
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize("faults", ["crash=3", "hang_up=6", "tokens=6", "storm=1", "stale=3"])
+def test_faults_cost_time_and_nobody_an_answer(faults: str) -> None:
+    kind = faults.split("=", maxsplit=1)[0]
+    done = run(7, 60, faults)
+    assert outcomes(done) == {Outcome.FINISHED: 60}
+    assert done.counters[f"fault_{kind}"] > 0
+
+
+def test_a_node_that_is_cut_off_for_long_is_given_up_and_nobody_loses_an_answer() -> None:
+    done = run(4, faults="partition=1,partition_s=8", prefill=3, decode=3, every_s=0.2)
+    assert outcomes(done) == {Outcome.FINISHED: 120}
+    assert done.counters["nodes_lost"] == 1
+
+
+def test_a_new_conductor_serves_those_who_come_after() -> None:
+    done = run(3, faults="conductor=1")
+    ends = outcomes(done)
+    assert ends[Outcome.FAILED] > 0
+    assert ends[Outcome.FINISHED] > 100
+
+
+def test_a_broken_promise_says_how_to_see_it_again() -> None:
+    class Twice(ConductorMachine):
+        def on_stream_finished(self, request_id: RequestId, now_s: float, *, stopped: bool = False) -> list[Effect]:
+            effects = super().on_stream_finished(request_id, now_s, stopped=stopped)
+            return [*effects, End(request_id=request_id, outcome=Outcome.FAILED, error=Failed("again"))]
+
+    def conductor(*args: object) -> ConductorMachine:
+        machine = make_conductor(*args)  # type: ignore[arg-type]
+        machine.__class__ = Twice
+        return machine
+
+    with pytest.raises(Failed) as caught:
+        simulate(chats(1, 10), config("crash=1", seed=9), conductor=conductor)
+    assert "is ended a second time" in str(caught.value)
+    again = str(caught.value).splitlines()[-1]
+    assert again == (
+        "again: halfmoon simulate --trace chats --prefill 2 --decode 2 --speedup 1 --policy baseline "
+        "--placement least_ttft --seed 9 --hardware small --faults crash=1 --check"
+    )
+
+
+# ---- beliefs ----
+
+
+def test_what_is_believed_is_not_what_is_true_until_it_was_measured() -> None:
+    settings = {"belief_factors": {"prefill": 10.0, "decode": 1.0, "transfer": 1.0}, "every_s": 1.0, "noise": 0.0}
+    taught, stubborn = (run(6, learn=learn, **settings) for learn in (True, False))
+    errors = [
+        [row.predicted_ttft_s / row.ttft_s for row in done.requests[60:] if row.predicted_ttft_s and row.ttft_s]
+        for done in (taught, stubborn)
+    ]
+    assert 0.8 < sum(errors[0]) / len(errors[0]) < 1.2
+    assert 8.0 < sum(errors[1]) / len(errors[1]) < 11.0
+    assert taught.residuals.keys() >= {"prefill", "decode"}
+    assert stubborn.residuals == {}
+
+
+# ---- growth ----
+
+
+def test_what_a_request_costs_does_not_grow_with_their_number() -> None:
+    small, large = (run(8, count, every_s=0.2, check=False) for count in (60, 240))
+    per_request = [done.counters["sim_events"] / len(done.requests) for done in (small, large)]
+    assert per_request[1] < 1.1 * per_request[0]
+
+
+def test_tokens_and_records_are_forgotten_with_their_request() -> None:
+    settings = config(check=False, conductor=replace(SimConfig(hardware=HARDWARE).conductor, records_max=10))
+    simulation = Simulation(chats(1, 60), settings, _generators, make_conductor)
+    result = simulation.run()
+    assert len(result.rows) == 60
+    assert not any(planned.token_ids for planned in simulation._prompts.planned.values())
+    known = [simulation.cluster.machine.explain(row.request_id) for row in result.rows]  # type: ignore[arg-type]
+    assert sum(record is not None for record in known) in (10, 11)  # the last one's worker has not spoken yet
+
+
+def _generators(name: str) -> object:
+    import random
+
+    return random.Random(name)
+
+
+def test_every_second_has_its_sample() -> None:
+    done = run(1, check=False)
+    first, last = done.requests[0].arrived_s, done.requests[-1].arrived_s
+    assert [s.at_s - first for s in done.samples] == pytest.approx(list(range(int(last - first) + 1)))
+    assert max(s.decode_sequences for s in done.samples) > 0
+    assert max(s.decode_kv_tokens for s in done.samples) > 100
+
+
+# ---- bad settings ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"prefill": 0}, "simulation.decode"),
+        ({"speedup": 0.0}, "simulation.speedup"),
+        ({"slo_ttft_s": -1.0}, "simulation.slo_ttft_s"),
+        ({"noise": float("nan")}, "simulation.noise"),
+        ({"belief_factors": {"queue": 2.0}}, "simulation.belief_factors"),
+        ({"placement": "best"}, "simulation.placement"),
+        ({"admission": "strict"}, "simulation.admission"),
+        ({"faults": "slow_disk"}, "faults"),
+        ({"faults": "crash=-1"}, "faults.crash"),
+        ({"faults": "lost=often"}, "faults.lost"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        simulate(chats(1, 1), config(**settings))  # type: ignore[arg-type]
+    assert caught.value.key == key

@@ -1,0 +1,92 @@
+"""Hardware presets: the papers' formulas, and files that are wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfmoon.errors import ConfigError
+from simulator.presets import hardware_of, load_hardware, presets
+
+MEASURED = {
+    "prefill_pass_s": 0.01,
+    "prefill_token_s": 1e-3,
+    "prefill_pair_s": 1e-7,
+    "decode_step_s": 0.02,
+    "decode_sequence_s": 1e-3,
+    "decode_token_s": 1e-6,
+}
+REST = {
+    "source": "a test",
+    "link_s": 1e-3,
+    "link_bytes_per_s": 1e9,
+    "move_s_per_byte": 1e-9,
+    "message_s": 1e-3,
+    "block_tokens": 16,
+    "prefill_blocks": 100,
+    "decode_blocks": 100,
+    "tokens_per_pass_max": 512,
+    "prompts_per_pass_max": 8,
+    "sequences_max": 32,
+    "batch_blocks": 8,
+}
+
+
+def test_the_papers_node_computes_what_equation_1_says() -> None:
+    node = load_hardware("a800-llama-70b")
+
+    def flops(n: int) -> float:
+        return 80 * (4 * n**2 * 8192 + 22 * n * 8192**2)
+
+    per_s = 8 * 312e12 * 0.5
+    for cached, new in ((0, 12_000), (8_192, 4_000)):
+        pairs = new * cached + 0.5 * new**2
+        seconds = node.prefill_token_s * new + node.prefill_pair_s * pairs
+        assert seconds == pytest.approx((flops(cached + new) - flops(cached)) / per_s)
+    assert node.decode_step_s + node.decode_token_s * 400_000 == pytest.approx(0.012 + 320e3 * 400_000 / (16e12 * 0.6))
+    assert (node.block_bytes, node.prefill_blocks, node.link_bytes_per_s) == (512 * 320_000, 5859, 12.5e9)
+
+
+def test_every_preset_can_be_read_and_believed() -> None:
+    assert "a800-llama-70b" in presets()
+    for name in presets():
+        node = load_hardware(name)
+        prior = node.prior({"prefill": 2.0})
+        assert prior.prefill[1] == pytest.approx(2.0 * node.prefill_token_s)
+        assert prior.decode[0] == pytest.approx(node.decode_step_s)
+
+
+def test_measured_coefficients_are_taken_as_they_are() -> None:
+    node = hardware_of({**REST, "kv_token_bytes": 1000, "measured": MEASURED}, name="cpu")
+    assert (node.name, node.prefill_token_s, node.decode_sequence_s, node.block_bytes) == ("cpu", 1e-3, 1e-3, 16_000)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"measured": None}, "hardware"),
+        ({"measured": {**MEASURED, "magic": 1.0}}, "hardware.measured"),
+        ({"measured": {**MEASURED, "decode_step_s": "fast"}}, "hardware.measured.decode_step_s"),
+        ({"color": "red"}, "hardware.color"),
+        ({"block_tokens": 0}, "hardware.block_tokens"),
+        ({"link_bytes_per_s": 0.0}, "hardware"),
+        ({"link_s": float("nan")}, "hardware.link_s"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        hardware_of({**REST, "kv_token_bytes": 1000, "measured": MEASURED, **change}, name="x")
+    assert caught.value.key == key
+
+
+def test_missing_values_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="link_s"):
+        hardware_of({"kv_token_bytes": 1000, "measured": MEASURED}, name="x")
+    with pytest.raises(ConfigError, match="a800-llama-70b"):
+        load_hardware("a900")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [")
+    with pytest.raises(ConfigError, match="YAML"):
+        load_hardware(str(bad))

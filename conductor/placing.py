@@ -114,13 +114,15 @@ class Placer:
     def offer(self, worker: Worker, now_s: float, *, reported: bool = False) -> None:
         """This decode worker may have room again: the first in line that it could ever hold asks, and no other.
 
+        Those come first whose prefill has begun: others wait for the prefill room that they hold.
+
         Args:
             reported: judge by its last report, which is news; else something was let go of since.
         """
         desk = self._desk
         if not desk.seekers or worker.coupled or not worker.decodes or worker not in desk.view.ready(now_s):
             return
-        for request in map(desk.requests.__getitem__, desk.seekers):
+        for request in sorted(map(desk.requests.__getitem__, desk.seekers), key=_holds_nothing):
             attempt, query = request.attempt, self._query(request)
             assert attempt is not None, "a request without an attempt stands in line"
             if attempt.decode is not None or not fits_decode(query, worker):
@@ -314,6 +316,10 @@ class Placer:
         worker = self._desk.view.get(node_id)
         assert worker is not None, f"{node_id} was picked but is not there"
         return worker
+
+
+def _holds_nothing(request: Request) -> bool:
+    return request.attempt is not None and request.attempt.withheld is not None
 
 
 def _too_long(request: Request, tokens_max: int) -> InvalidRequest:

@@ -102,6 +102,22 @@ def test_a_withheld_prefill_is_neither_missed_nor_cancelled_where_it_never_was()
     assert play.books_empty()
 
 
+def test_who_holds_prefill_room_already_goes_first() -> None:
+    play = Play("p0 d0")
+    play.request(spec("a"))  # its prefill runs
+    play.request(spec("b"))
+    for name in ("b", "a"):
+        assert play.refused("d0", f"{name}#1") == []
+    play.wait(10.0)
+    play.resume("b", [])
+    play.resume("a", [])
+    for name in ("b", "a"):  # both are withheld now, and c is not
+        play.refused("d0", f"{name}#2")
+    play.request(spec("c"))
+    assert play.refused("d0", "c#1") == []
+    assert play.load("d0", free_device_blocks=3) == ["d0 <- reserve c#1 40(40) from p0@e1"]
+
+
 def test_waiting_for_room_costs_no_tries_and_is_bounded() -> None:
     play = crowd()
     play.request(spec("b"))

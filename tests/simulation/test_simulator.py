@@ -189,7 +189,7 @@ def test_a_broken_promise_says_how_to_see_it_again() -> None:
     again = str(caught.value).splitlines()[-1]
     assert again == (
         "again: halfmoon simulate --trace chats --prefill 2 --decode 2 --speedup 1 --policy baseline "
-        "--placement least_ttft --seed 9 --hardware small --faults crash=1 --check"
+        "--placement algorithm1 --seed 9 --hardware small --faults crash=1 --check"
     )
 
 

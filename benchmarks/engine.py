@@ -6,12 +6,15 @@ Peers: Hugging Face transformers in bf16 and in fp32 (where a CPU has no bf16 un
 in turn with ours; with --vllm also vLLM's CPU build in a virtual environment of its own (.venv-bench, made on first
 use), after the others. Prefill of one prompt; decode steps at a context of about 500 tokens; medians. The clock is the
 CPU time of the computing thread, so that a busy neighbour costs less; the wall's is in the raw results.
-Limits, measured in the same run: multiply-adds in registers, a sum over memory, and each against our linear layers.
+Limits, measured in the same run: multiply-adds in registers (of bf16 pairs where the CPU has them), a sum over memory,
+and each against our linear layers.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import statistics
 import subprocess
 import sys
@@ -88,7 +91,7 @@ class Ours:
         self._engine = engine
         self._blocks_each = -(-(CONTEXT + STEPS + 1) // BLOCK_SIZE)
         num_slots = max(BATCHES) * self._blocks_each
-        self._pool = bytearray(num_slots * engine.model.layout.block_bytes)
+        self._pool = mmap.mmap(-1, num_slots * engine.model.layout.block_bytes)  # from a page's start, as arenas are
         torch.frombuffer(self._pool, dtype=getattr(torch, dtype)).normal_()
         engine.bind(memoryview(self._pool), num_slots)
 
@@ -177,7 +180,7 @@ def cases(quick: bool) -> list[tuple[str, int, Callable[[Peer], Callable[[], obj
 
 def roofline(reps: int) -> dict[str, float]:
     """GFLOP/s and GB/s of this core, and of our bf16 linears at 512 rows and at one."""
-    operators = CpuOperators()
+    operators = CpuOperators()  # the panels', also where oneDNN would run
     weights = [operators.pack_linear(torch.randn(3072, 576).bfloat16(), None) for _ in range(60)]  # beyond any L3
     many, one = torch.randn(512, 576).bfloat16(), torch.randn(1, 576).bfloat16()
     memory = torch.ones(1 << 26)
@@ -188,7 +191,12 @@ def roofline(reps: int) -> dict[str, float]:
         "read_gbps": Times(memory.nbytes),
         "linear_1_row_gbps": Times(3072 * 576 * 2 * len(weights)),
     }
+    pairs = torch.ops.halfmoon.pair_products(1)
+    if pairs:
+        limits["pair_gflops"] = Times(pairs * rounds)
     for _ in range(reps + 1):
+        if pairs:
+            limits["pair_gflops"].run(lambda: torch.ops.halfmoon.pair_products(rounds))
         limits["fma_gflops"].run(lambda: torch.ops.halfmoon.multiply_adds(rounds))
         limits["linear_512_rows_gflops"].run(lambda: [operators.linear(many, w) for w in weights[:10]])
         limits["read_gbps"].run(memory.sum)
@@ -268,12 +276,13 @@ def show(results: dict[str, dict[str, Times]], limits: dict[str, float]) -> None
         cells = [f"{times[n].rate:.1f} ({times[ours].rate / times[n].rate:.2f}x)" if n in times else "-" for n in names]
         table.add_row(case, f"{times[ours].rate:.1f}", *cells[1:])
     console.print(table)
-    for what, unit in (("fma", "GFLOP/s"), ("read", "GB/s")):
-        limit, linear = (
-            ("fma_gflops", "linear_512_rows_gflops") if what == "fma" else ("read_gbps", "linear_1_row_gbps")
-        )
+    flops = "pair_gflops" if "pair_gflops" in limits else "fma_gflops"
+    for limit, linear, unit in (
+        (flops, "linear_512_rows_gflops", "GFLOP/s"),
+        ("read_gbps", "linear_1_row_gbps", "GB/s"),
+    ):
         share = limits[linear] / limits[limit]
-        console.print(f"limit {limits[limit]:.1f} {unit}; {linear} {limits[linear]:.1f} ({share:.0%} of it)")
+        console.print(f"{limit} {limits[limit]:.1f} {unit}; {linear} {limits[linear]:.1f} ({share:.0%} of it)")
 
 
 @click.command()
@@ -298,7 +307,8 @@ def main(reps: int, quick: bool, vllm: tuple[str, ...], no_bf16_peer: bool) -> N
     errors = add_vllm(results, reps, quick, vllm)
     show(results, limits)
     raw = {case: {name: vars(times) for name, times in each.items()} for case, each in results.items()}
-    data = {"model": MODEL, "command": sys.argv[1:], "limits": limits, "times": raw, "vllm_errors": errors}
+    load = {"load_at_end": os.getloadavg()[0]}
+    data = {"model": MODEL, **load, "command": sys.argv[1:], "limits": limits, "times": raw, "vllm_errors": errors}
     console.print(f"raw results: {save('engine', data)}")
 
 

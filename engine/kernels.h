@@ -38,7 +38,11 @@ inline int64_t num_panels_of(int64_t out_features) { return (out_features + kPan
 
 // ---- linear.cpp
 
-// weight [out][in] -> panels [num_panels][in][kPanel], zero where out_features ends inside a panel.
+// in_features rounded up to whole steps of the product's chain (tile.h, Operands).
+template <class T>
+int64_t padded_depth(int64_t in_features);
+
+// weight [out][in] -> panels [num_panels][padded depth][kPanel], zero beyond out_features and in_features.
 template <class T>
 void pack_panels(const T* weight, int64_t out_features, int64_t in_features, T* panels);
 
@@ -81,7 +85,7 @@ struct AttentionUnit {
 int64_t rows_per_unit(int64_t heads_per_kv_head);
 
 template <class T>
-void attend(const Attention<T>& job, const AttentionUnit& unit);
+void attend(const Attention<T>& job, const AttentionUnit* units, int64_t count);
 
 // ---- elementwise.cpp
 
@@ -102,5 +106,8 @@ void rope_rows(T* x, int64_t x_stride, int64_t num_rows, int64_t num_heads, int6
 
 // Runs rounds of independent multiply-adds in registers; returns how many floating-point operations that was.
 int64_t multiply_adds(int64_t rounds);
+
+// The same of products of bf16 pairs; 0 where the CPU has none.
+int64_t pair_products(int64_t rounds);
 
 }  // namespace halfmoon

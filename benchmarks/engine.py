@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import statistics
 import subprocess
 import sys
@@ -308,8 +307,7 @@ def main(reps: int, quick: bool, vllm: tuple[str, ...], no_bf16_peer: bool) -> N
     errors = add_vllm(results, reps, quick, vllm)
     show(results, limits)
     raw = {case: {name: vars(times) for name, times in each.items()} for case, each in results.items()}
-    load = {"load_at_end": os.getloadavg()[0]}
-    data = {"model": MODEL, **load, "command": sys.argv[1:], "limits": limits, "times": raw, "vllm_errors": errors}
+    data = {"model": MODEL, "command": sys.argv[1:], "limits": limits, "times": raw, "vllm_errors": errors}
     console.print(f"raw results: {save('engine', data)}")
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 RESAMPLES = 2000
+LOAD_AT_START = os.getloadavg()[0]  # when a benchmark imports this
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, instruction sets that matter, cores, memory, kernel, Python and torch versions."""
+    """CPU model, instruction sets that matter, cores, memory, kernel, Python and torch versions; the load."""
     import torch
 
     fields = _cpu()
@@ -32,7 +33,8 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "load_at_start": os.getloadavg()[0],
+        "load_at_start": LOAD_AT_START,
+        "load_at_end": os.getloadavg()[0],
     }
 
 

@@ -238,7 +238,7 @@ def main(pairs: int, peer_every: int) -> None:
     install()
     rows = uvloop.run(measure(pairs, peer_every))
     show(rows)
-    data = {"command": sys.argv[1:], "load_at_end": os.getloadavg()[0], "seconds": rows}
+    data = {"command": sys.argv[1:], "seconds": rows}
     console.print(f"raw: {save('serving-vllm', data)}")
 
 

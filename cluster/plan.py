@@ -94,6 +94,9 @@ class ClusterConfig:
         _require(len(self.devices) > 0, "devices", self.devices, "at least one")
         for device in self.devices:
             _require(DEVICE.fullmatch(device) is not None, "devices", device, '"cpu" or "cuda:N"')
+        hosts = [device for device in self.devices if device == "cpu"]
+        joins_gpus = f"{', '.join(LINKS[:-1])}; nccl needs cuda devices, and `devices` has cpu"
+        _require(self.link != "nccl" or not hosts, "link", self.link, joins_gpus)
 
 
 @dataclass(frozen=True, kw_only=True)

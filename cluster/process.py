@@ -26,13 +26,17 @@ RESTART_DELAY_S = 0.2
 RESTART_DELAY_S_MAX = 5.0
 HEALTHY_S = 30.0  # a process that lived this long starts again without delay
 FAILED_STARTS_MAX = 3  # in a row, without having been ready: then it is a configuration fault, not a crash
+CANARIES_FAILED_MAX = 3  # in a row, for one reason, before the first success: the cluster as it is set up cannot serve
 LOG_TAIL_LINES = 30
 CRITICAL = re.compile(r'level=critical .*?msg=("(?:[^"\\]|\\.)*"|[^"\s]\S*)')  # service.logs.LineFormatter's lines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a process says of its start: state is "starting", "loading", "warming", "ready" or "exited"."""
+    """What a process says of its start: state is "starting", "loading", "warming", "ready" or "exited".
+
+    The conductor also says "waiting", with the reason, and "failing", with a count of canaries and their reason.
+    """
 
     name: str
     state: str
@@ -54,6 +58,7 @@ class SupervisedProcess:
         self._log_path = directory / f"{spec.name}.log"
         self._log_start = 0  # where the present child's lines begin: the file holds earlier runs too
         self._child: asyncio.subprocess.Process | None = None
+        self._was_ready = False  # ever: what fails after that is mended by a restart, not told to whoever starts it
         self._stopping = asyncio.Event()
 
     @property
@@ -73,8 +78,10 @@ class SupervisedProcess:
                 failed_starts = 0 if self.ready.is_set() else failed_starts + 1
                 self.ready.clear()
                 self._on_progress(Progress(name=self.spec.name, state="exited", detail=describe_exit(code)))
+                if self.failure is not None:
+                    return
                 if failed_starts >= FAILED_STARTS_MAX or (failed_starts and code == EXIT_REFUSED):
-                    self.failure = self.failure or Failed(self.why())
+                    self.failure = Failed(self.why())
                     return
                 delay_s = (
                     RESTART_DELAY_S if loop.time() - started_s > HEALTHY_S else min(delay_s * 2, RESTART_DELAY_S_MAX)
@@ -153,8 +160,18 @@ class SupervisedProcess:
         state, _, detail = line.partition(" ")
         if state == "ready":
             self.ready_detail = detail
+            self._was_ready = True
             self.ready.set()
+        elif state == "failing" and not self._was_ready:
+            self._on_failing(*detail.split(" ", 1))
         self._on_progress(Progress(name=self.spec.name, state=state, detail=detail))
+
+    def _on_failing(self, times: str, why: str) -> None:
+        """Give up on a start that fails again and again in the same way."""
+        if int(times) >= CANARIES_FAILED_MAX and self.failure is None:
+            self.failure = Failed(f"not ready: {times} canary requests in a row failed: {why}\nlog: {self._log_path}")
+            if self.pid is not None:
+                os.kill(self.pid, signal.SIGTERM)
 
 
 def directory_error(directory: Path, error: OSError) -> ConfigError:

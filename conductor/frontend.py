@@ -134,6 +134,11 @@ class FrontEnd:
         self._abandon(session, Cancelled(f"{request_id}: {reason}"), reason, drop=False)
         return True
 
+    def last_cause(self, request_id: RequestId) -> str:
+        """Why the request's last attempt was begun; "arrived" of a first one, "" where no record is left."""
+        record = self._driver.machine.explain(request_id)
+        return record.choices[-1].cause if record is not None and record.choices else ""
+
     # ---- from workers ----
 
     def on_tokens(self, step: StepTokens) -> None:

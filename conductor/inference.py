@@ -17,7 +17,7 @@ from conductor.session import TextDecoder
 from conductor.settings import FrontEndConfig
 from conductor.validation import ServedModel
 from halfmoon.blocks import BlockChain, Fingerprint, root_hash
-from halfmoon.errors import DeadlineExceeded
+from halfmoon.errors import DeadlineExceeded, Failed
 from halfmoon.types import SEED_MAX, BlockHash, RequestId, SamplingParams
 from halfmoon.v1 import inference_pb2 as pb
 from halfmoon.v1 import inference_pb2_grpc
@@ -169,6 +169,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def canary(self, number: int, timeout_s: float) -> None:
         """One tiny request through prefill, transfer and decode: its prompt fills blocks that nobody has.
 
+        A second attempt does not count: with the first one's token it would end in prefill, and never use the link.
+
         Raises:
             HalfmoonError: why the round trip failed.
         """
@@ -187,7 +189,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._front_end.reserve(request_id)
         session = self._front_end.start(spec, arrived_s=self._front_end.clock())
         try:
-            async for _ in self._front_end.read(session):
-                pass
+            async for event in self._front_end.read(session):
+                if event.finished.usage.attempts > 1:  # tokens came, but not by the way that was to be proved
+                    raise Failed(self._front_end.last_cause(request_id))
         finally:
             self._front_end.leave(session, "the canary's patience ended")

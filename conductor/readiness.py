@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from grpc_health.v1 import health, health_pb2
@@ -13,6 +14,8 @@ from halfmoon.errors import HalfmoonError
 log = logging.getLogger("conductor.readiness")
 
 Canary = Callable[[int], Awaitable[None]]
+CANARY_ID = re.compile(r"canary-\d+-[0-9a-f]{8}(#\d+)?")  # as conductor.inference names them, and their attempts
+SAID_AFTER_S = 5.0  # a start passes through reasons that last a moment; one that lasts is worth a line
 
 
 class Readiness:
@@ -23,6 +26,8 @@ class Readiness:
         services: the names for which health is answered, beside the empty one.
         canary: raises HalfmoonError when the round trip fails; its argument is a serial number.
         on_first: called once, at the first success.
+        on_waiting: called until then with a reason that has lasted SAID_AFTER_S, once for each.
+        on_failed: called until then for each canary that failed, with how many failed in a row for this reason.
     """
 
     def __init__(
@@ -33,6 +38,8 @@ class Readiness:
         services: Sequence[str],
         interval_s: float,
         on_first: Callable[[], None],
+        on_waiting: Callable[[str], None],
+        on_failed: Callable[[int, str], None],
     ) -> None:
         self.health = health.aio.HealthServicer()
         self.ready = False
@@ -41,7 +48,11 @@ class Readiness:
         self._services = ("", *services)
         self._interval_s = interval_s
         self._on_first = on_first
+        self._on_waiting = on_waiting
+        self._on_failed = on_failed
         self._canaries = 0
+        self._failed = (0, "")  # canaries in a row, and why
+        self._waiting = (0.0, "", False)  # since when, why, and whether that was said
         self._succeeded = False
         self._stopped = False
 
@@ -52,6 +63,7 @@ class Readiness:
             why = self._why_not()
             if why:
                 await self._set(ready=False, why=why)
+                self._wait(why, asyncio.get_running_loop().time())
             elif not self.ready:
                 await self._try()
             await asyncio.sleep(self._interval_s)
@@ -68,11 +80,27 @@ class Readiness:
             await self._canary(self._canaries)
         except HalfmoonError as error:
             log.warning("canary %d failed: %s", self._canaries, error)
+            self._count_failure(str(error))
             return
         await self._set(ready=True)
         if not self._succeeded:
             self._succeeded = True
             self._on_first()
+
+    def _wait(self, why: str, now_s: float) -> None:
+        since_s, before, said = self._waiting
+        if why != before:
+            self._waiting = (now_s, why, False)
+        elif not said and not self._succeeded and now_s - since_s >= SAID_AFTER_S:
+            self._waiting = (since_s, why, True)
+            self._on_waiting(why)
+
+    def _count_failure(self, why: str) -> None:
+        why = CANARY_ID.sub("the canary", why)  # each has its own id, and the same reason is meant
+        times, before = self._failed
+        self._failed = (times + 1 if why == before else 1, why)
+        if not self._succeeded:
+            self._on_failed(*self._failed)
 
     async def _set(self, *, ready: bool, why: str = "") -> None:
         if ready != self.ready:

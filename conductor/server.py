@@ -1,7 +1,8 @@
 """Shell: the conductor's process: `python -m conductor.server --config FILE`.
 
 It says on standard output, a line each: `loading`, `standby` (waits for the lease), `serving inference=ADDRESS
-admin=ADDRESS` (the ports are open), `ready inference=ADDRESS admin=ADDRESS` (a canary made the round trip).
+admin=ADDRESS` (the ports are open), `ready inference=ADDRESS admin=ADDRESS` (a canary made the round trip). Before
+that also: `waiting REASON` (no canary can be sent), `failing N REASON` (so many canaries in a row failed like this).
 
 SIGTERM: new requests are Unavailable, running ones finish within `drain_s`, the rest is ended, then the ports close.
 """
@@ -131,6 +132,8 @@ class ConductorProcess:
             services=(INFERENCE, ADMIN),
             interval_s=server.canary_interval_s,
             on_first=lambda: _say(f"ready {self.addresses}"),
+            on_waiting=lambda why: _say(f"waiting {_one_line(why)}"),
+            on_failed=lambda times, why: _say(f"failing {times} {_one_line(why)}"),
         )
         self.addresses = ""
         self._servers: list[grpc.aio.Server] = []
@@ -290,6 +293,10 @@ def _served(model: ModelInfo, tokenizer: Tokenizer) -> ServedModel:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _nothing() -> None:

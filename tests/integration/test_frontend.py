@@ -526,6 +526,8 @@ def test_readiness_takes_a_round_trip() -> None:
                 services=("halfmoon.v1.Inference",),
                 interval_s=0.02,
                 on_first=lambda: said.append("ready"),
+                on_waiting=said.append,
+                on_failed=lambda times, why: said.append(f"{times} {why}"),
             )
             server = make_server()
             health_pb2_grpc.add_HealthServicer_to_server(readiness.health, server)

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster import local
 from cluster.local import LocalCluster
-from cluster.plan import ClusterConfig
+from cluster.plan import ClusterConfig, ProcessSpec, worker_specs
 from engine.fake import fake_tokens
 from halfmoon.client import AsyncClient, Result
 from halfmoon.errors import Conflict, Failed, HalfmoonError
@@ -142,6 +144,24 @@ def test_a_port_in_use_is_named() -> None:
             with pytest.raises(HalfmoonError, match=str(port)):
                 async with running(port=port):
                     raise AssertionError("it started on a taken port")
+
+    run(story())
+
+
+def test_a_link_that_carries_nothing_ends_the_start_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The canary's first token could be had from prefill alone; only its blocks prove the link."""
+
+    def without_a_link(*arguments: Any) -> list[ProcessSpec]:
+        specs = worker_specs(*arguments)
+        for spec in specs:
+            spec.settings["node"]["link"] = "nccl"
+        return specs
+
+    async def story() -> None:
+        monkeypatch.setattr(local, "worker_specs", without_a_link)
+        with pytest.raises(Failed, match=r"3 canary requests in a row failed: .*expected a link that serves cpu"):
+            async with running(device_mib=4, dram_mib=-1):
+                raise AssertionError("it started without a link")
 
     run(story())
 

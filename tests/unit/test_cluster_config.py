@@ -33,6 +33,7 @@ from service.settings import environment_of_child, gather
         ("fake_pass_s", -0.1),
         ("threads", 100_000),
         ("link", "carrier-pigeon"),
+        ("link", "nccl"),  # the default device is the host
         ("dtype", "float7"),
         ("devices", ("cpu", "gpu:0")),
         ("admin_port", 50051),

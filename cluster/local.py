@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from cluster.plan import ClusterConfig, ProcessSpec, conductor_spec, socket_path, worker_specs
+from cluster.preflight import preflight
 from cluster.process import Progress, SupervisedProcess, directory_error
 from halfmoon.errors import ConfigError, Conflict, Failed, HalfmoonError, Unavailable
 from service.registry import Registry
@@ -47,7 +48,8 @@ class LocalCluster:
         """Start everything and wait until a canary request has made the round trip.
 
         Raises:
-            ConfigError: a directory that cannot be used.
+            ConfigError: a directory that cannot be used; a setting that this host cannot fulfil.
+            CheckpointError: the model cannot be served.
             Conflict: another cluster owns the directory, or a port is taken.
             Failed: a process does not start, or the cluster is not ready within `start_s_max`.
             Unavailable: the registry does not answer.
@@ -96,6 +98,7 @@ class LocalCluster:
         return [*workers, conductor_spec(self.config, registry)]
 
     async def _start(self, specs: list[ProcessSpec]) -> None:
+        await asyncio.to_thread(preflight, self.config)
         if self.registry is None:
             await _answers(self.config.redis)
         else:

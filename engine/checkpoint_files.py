@@ -38,12 +38,17 @@ def open_checkpoint(directory: Path) -> CheckpointFiles:
     Raises:
         CheckpointError: naming the file and what is missing, damaged or not supported.
     """
-    raw = read_json(directory / CONFIG)
-    try:
-        config = parse_config(raw)
-    except CheckpointError as error:
-        raise CheckpointError(f"{directory / CONFIG}: {error}") from error
+    config = open_config(directory / CONFIG)
     return CheckpointFiles(directory=directory, config=config, shards=_shard_paths(directory))
+
+
+def open_config(path: Path) -> DecoderConfig:
+    """Raises: CheckpointError: naming the file, and the family or key that is refused."""
+    raw = read_json(path)
+    try:
+        return parse_config(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

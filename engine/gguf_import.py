@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ from service.settings import cache_directory
 if TYPE_CHECKING:
     import torch
 
+MAGIC = b"GGUF"
+HEAD = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of keys
+VERSIONS = (2, 3)
 IMPORT_S_MAX = 900.0  # waiting for another process that imports the same file
 EXACT_IN_BF16 = frozenset({"BF16"})
 WIDE_TYPES = frozenset({"F32", "F16"})  # of weight matrices: kept as fp32, since bf16 would round them
@@ -39,12 +43,37 @@ def import_gguf(path: Path, name: str | None = None) -> Path:
     Raises:
         CheckpointError: naming the file: damaged, cut short, or of a family or kind that is refused.
     """
-    directory = cache_directory() / "models" / (name or f"gguf-{content_digest([path])}")
+    directory = checkpoint_directory(name or f"gguf-{content_digest([path])}")
     if not (directory / CONFIG).exists():
+        check_gguf(path)
         with _lock(directory.parent / f".{directory.name}.lock"):
             if not (directory / CONFIG).exists():
                 _import(path, directory)
     return directory
+
+
+def checkpoint_directory(name: str) -> Path:
+    """Where an imported model of that name lies, or will."""
+    return cache_directory() / "models" / name
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse at once what is no GGUF file; its content is read when it is imported.
+
+    Raises:
+        CheckpointError
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD.size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(head) < HEAD.size or not head.startswith(MAGIC):
+        raise CheckpointError(f"{path}: not a GGUF file: it begins with {head[: len(MAGIC)]!r}, not with {MAGIC!r}")
+    _, version, num_tensors, num_keys = HEAD.unpack(head)
+    if version not in VERSIONS or not num_tensors or not num_keys:
+        said = f"version {version}, {num_tensors} tensors, {num_keys} keys"
+        raise CheckpointError(f"{path}: GGUF of {said}; expected version 2 or 3 (little-endian) and a model")
 
 
 def _import(path: Path, directory: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from engine.checkpoint_files import CheckpointFiles, open_checkpoint
 from engine.default_model import NAME as DEFAULT_MODEL
 from engine.default_model import default_model_directory
+from engine.families import DecoderConfig
 from engine.protocol import Engine, KvLayout, ModelInfo, Tokenizer
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import CheckpointError, ConfigError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 FAKE_MODEL = "fake"
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+LOCAL = ("/", "./", "../", "~")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
@@ -91,17 +93,33 @@ def model_directory(model: str) -> Path:
     Raises:
         CheckpointError: saying what is possible.
     """
-    path = Path(model).expanduser()
     if model == DEFAULT_MODEL:
         return default_model_directory()
+    path = local_model(model)
+    if path is None:
+        return _download(model)
     if path.is_dir():
         return path
-    if path.is_file() and path.suffix == ".gguf":
-        from engine.gguf_import import import_gguf
+    from engine.gguf_import import import_gguf
 
-        return import_gguf(path)
-    if HUB_ID.fullmatch(model) and not path.exists():
-        return _download(model)
+    return import_gguf(path)
+
+
+def local_model(model: str) -> Path | None:
+    """The directory or .gguf file that is meant; None: a hub id. What looks like a path is never asked of a hub.
+
+    Raises:
+        CheckpointError: neither, or a path where nothing of the kind is.
+    """
+    path = Path(model).expanduser()
+    if model and (path.is_dir() or (path.is_file() and path.suffix == ".gguf")):
+        return path
+    if path.is_file():
+        raise CheckpointError(f"model {model!r}: a file, and not a .gguf one; expected its directory")
+    if model.startswith(LOCAL) or path.suffix == ".gguf":
+        raise CheckpointError(f"model {model!r}: no such file or directory")
+    if HUB_ID.fullmatch(model):
+        return None
     raise CheckpointError(
         f"model {model!r}: unknown; expected {DEFAULT_MODEL!r}, {FAKE_MODEL!r}, a checkpoint directory, "
         "a .gguf file, or a hub id (organisation/model)"
@@ -120,6 +138,16 @@ def _download(model: str) -> Path:
         ) from error
 
 
+def layout_of(config: DecoderConfig, dtype: str, block_size: int) -> KvLayout:
+    return KvLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        element_bytes=ELEMENT_BYTES[dtype],
+    )
+
+
 def _info(model: str, files: CheckpointFiles, dtype: str, block_size: int) -> ModelInfo:
     config = files.config
     return ModelInfo(
@@ -133,13 +161,7 @@ def _info(model: str, files: CheckpointFiles, dtype: str, block_size: int) -> Mo
             compute_dtype=dtype,
             block_size=block_size,
         ),
-        layout=KvLayout(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=block_size,
-            element_bytes=ELEMENT_BYTES[dtype],
-        ),
+        layout=layout_of(config, dtype, block_size),
         vocab_size=config.vocab_size,
         context_tokens_max=config.context_tokens_max,
     )
@@ -161,5 +183,6 @@ def _device(device: str) -> torch.device:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind != "cuda" or not number.isdecimal() or int(number) >= found:
         build = f"this torch ({torch.__version__}) finds {found} GPUs"
-        raise ConfigError(key="device", value=device, expected=f'"cpu", or "cuda:N" with N below {found}: {build}')
+        some = f'"cpu", or "cuda:N" with N below {found}' if found else '"cpu"'
+        raise ConfigError(key="device", value=device, expected=f"{some}: {build}")
     return torch.device(device)

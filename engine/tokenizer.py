@@ -18,6 +18,7 @@ from engine.checkpoint_files import optional_json, read_json
 from halfmoon.errors import CheckpointError, InvalidRequest
 
 TOKENIZER = "tokenizer.json"
+OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -113,6 +114,18 @@ def open_tokenizer(directory: Path) -> Tokenizer:
     )
 
 
+def check_tokenizer(directory: Path) -> None:
+    """As `open_tokenizer`, but what transformers would have to convert is only looked for: that takes seconds.
+
+    Raises:
+        CheckpointError
+    """
+    if (directory / TOKENIZER).exists():
+        open_tokenizer(directory)
+    else:
+        _require_other(directory)
+
+
 def _open_fast(directory: Path) -> FastTokenizer:
     path = directory / TOKENIZER
     if not path.exists():
@@ -125,13 +138,20 @@ def _open_fast(directory: Path) -> FastTokenizer:
 
 
 def _convert(directory: Path) -> FastTokenizer:
-    """From another tokenizer format (tokenizer.model, vocab.json), by transformers."""
+    """From another tokenizer format, by transformers."""
+    _require_other(directory)
     from transformers import AutoTokenizer  # slow to import, and seldom needed
 
     try:
         return AutoTokenizer.from_pretrained(str(directory)).backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError, TypeError, LookupError) as error:
-        raise CheckpointError(f"{directory}: no {TOKENIZER}, and nothing to make one from: {error}") from error
+        why = str(error).strip().partition("\n")[0]  # its advice on what else to install is for other programs
+        raise CheckpointError(f"{directory}: no {TOKENIZER}, and none can be made of what is there: {why}") from error
+
+
+def _require_other(directory: Path) -> None:
+    if not any((directory / name).exists() for name in OTHER_TOKENIZERS):
+        raise CheckpointError(f"{directory}: no tokenizer: neither {TOKENIZER} nor {' nor '.join(OTHER_TOKENIZERS)}")
 
 
 def _template_source(directory: Path, settings: dict[str, Any]) -> str | None:

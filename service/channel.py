@@ -86,6 +86,19 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
+def require_bindable(address: str) -> None:
+    """Find out, before anything is started, that `host:port` could be listened at now. Holds nothing.
+
+    Raises:
+        Conflict: another process listens there.
+        ConfigError: no address to listen at.
+    """
+    _require_port(address)
+    problem = _bind_problem(address)
+    if problem is not None:
+        raise problem
+
+
 def _common_options(message_bytes_max: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", message_bytes_max),
@@ -122,6 +135,12 @@ def _require_free_socket(address: str) -> None:
 
 def _bind_error(address: str) -> HalfmoonError:
     """Why gRPC could not bind, which it does not say."""
+    expected = "host:port or unix:/path that this process may bind"
+    return _bind_problem(address) or ConfigError(key="address", value=address, expected=expected)
+
+
+def _bind_problem(address: str) -> HalfmoonError | None:
+    """Why host:port cannot be bound now; None: it can."""
     host, _, port = address.rpartition(":")
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
@@ -132,7 +151,7 @@ def _bind_error(address: str) -> HalfmoonError:
         if error.errno == errno.EADDRINUSE:
             return Conflict(f"address {address} is in use by another process")
         return ConfigError(key="address", value=address, expected=f"an address of this host ({error.strerror})")
-    return ConfigError(key="address", value=address, expected="host:port or unix:/path that this process may bind")
+    return None
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

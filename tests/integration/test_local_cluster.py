@@ -18,7 +18,7 @@ from cluster.local import LocalCluster
 from cluster.plan import ClusterConfig, ProcessSpec, worker_specs
 from engine.fake import fake_tokens
 from halfmoon.client import AsyncClient, Result
-from halfmoon.errors import Conflict, Failed, HalfmoonError
+from halfmoon.errors import CheckpointError, Conflict, Failed, HalfmoonError
 from halfmoon.types import SamplingParams
 from tests.clusters import at_rest, run, running, until
 
@@ -168,7 +168,7 @@ def test_a_link_that_carries_nothing_ends_the_start_with_its_reason(monkeypatch:
 
 def test_a_model_that_does_not_exist_is_named() -> None:
     async def story() -> None:
-        with pytest.raises(Failed, match="/no/such/model"):
+        with pytest.raises(CheckpointError, match="/no/such/model"):
             async with running(model="/no/such/model"):
                 raise AssertionError("it started without a model")
 

@@ -11,14 +11,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.explain import explained
-from cli.tables import cluster_table, make_console, milliseconds, requests_table
+from cli.tables import cluster_table, make_console, milliseconds, requests_table, without
+from halfmoon._calls import ADDRESS_DEFAULT
 from halfmoon._request import timeout_of
 from halfmoon.client import Client, Generation, Result
 from halfmoon.errors import HalfmoonError
 from halfmoon.types import SamplingParams
+from service.settings import admin_address, client_address
 
-ADDRESS = click.option("--address", default="127.0.0.1:50051", show_default=True, help="The cluster's client API.")
-ADMIN = click.option("--admin", default="127.0.0.1:50052", show_default=True, help="The cluster's admin API.")
+ADDRESS = click.option(
+    "--address",
+    default=lambda: client_address() or ADDRESS_DEFAULT,
+    show_default=f"HALFMOON_ADDRESS, or {ADDRESS_DEFAULT}",
+    help="The cluster's client API.",
+)
+ADMIN = click.option(
+    "--admin",
+    default=lambda: admin_address(),
+    show_default="HALFMOON_ADMIN, or as the cluster tells it to its own host",
+    help="The cluster's admin API.",
+)
 
 
 def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
@@ -46,6 +58,11 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
 @ADDRESS
 @click.argument("prompt")
 @click.option("--stop", multiple=True, help="End the output before this text; may be repeated.")
+@click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens, whatever the model says.")
+@click.option("--logprobs", type=int, help="With --json: this many alternatives beside each token's log probability.")
+@click.option("--slo-ttft", "slo_ttft_s", type=float, help="Refuse unless the first token comes within these seconds.")
+@click.option("--slo-tbt", "slo_tbt_s", type=float, help="Refuse unless tokens come within these seconds.")
+@click.option("--priority", type=int, help="-100 to 100; higher goes first.")
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON when it is complete.")
 @sampling_options
@@ -109,22 +126,39 @@ def status(address: str, admin: str) -> None:
 
 
 @click.command()
+@ADDRESS
 @ADMIN
 @click.argument("node_id")
-def drain(admin: str, node_id: str) -> None:
-    """Let NODE_ID take no new requests; running ones end normally."""
-    with Client(admin_address=admin) as client:
+def drain(address: str, admin: str, node_id: str) -> None:
+    """Let NODE_ID take no new requests, also when it restarts; running ones end normally. `undrain` takes it back."""
+    with Client(address, admin_address=admin) as client:
         client.drain(node_id)
-    make_console().print(f"{node_id} takes no new requests; `halfmoon status` shows when nothing runs on it.")
+        cluster = client.cluster()
+    console = make_console()
+    console.print(f"{node_id} takes no new requests; `halfmoon status` shows when nothing runs on it.")
+    if role := without(cluster, node_id):
+        console.print(f"[yellow]No other {role} worker is ready: new requests are refused until one is.[/yellow]")
 
 
 @click.command()
+@ADDRESS
+@ADMIN
+@click.argument("node_id")
+def undrain(address: str, admin: str, node_id: str) -> None:
+    """Let NODE_ID, which was drained, take new requests again."""
+    with Client(address, admin_address=admin) as client:
+        client.drain(node_id, undo=True)
+    make_console().print(f"{node_id} takes new requests again.")
+
+
+@click.command()
+@ADDRESS
 @ADMIN
 @click.argument("request_id")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
-def explain(admin: str, request_id: str, as_json: bool) -> None:
+def explain(address: str, admin: str, request_id: str, as_json: bool) -> None:
     """Why REQUEST_ID (or the beginning of one) went where it went: candidates, predictions, and what happened."""
-    with Client(admin_address=admin) as client:
+    with Client(address, admin_address=admin) as client:
         record = client.explain(request_id)
     if as_json:
         click.echo(json.dumps(record, indent=1))

@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.demo import run_demo
-from cli.tables import make_console
+from cli.tables import longest_request, make_console
 from cluster.local import LocalCluster
 from cluster.plan import DTYPES, LINKS, ClusterConfig
 from cluster.process import Progress
 from conductor.config import PlacementName
+from halfmoon._calls import ADDRESS_DEFAULT
+from halfmoon.client import AsyncClient
 from halfmoon.errors import ConfigError
 from service.run import EXIT_HARD
 from service.settings import cache_directory, effective, gather, load, require_known
@@ -96,7 +98,7 @@ def config(file: str | None, **given: object) -> None:
 
 def show_progress(console: Console) -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
-        colour = {"ready": "green", "exited": "red"}.get(progress.state, "dim")
+        colour = {"ready": "green", "exited": "red", "failing": "red", "waiting": "yellow"}.get(progress.state, "dim")
         line = f"  {progress.name:<12} [{colour}]{progress.state}[/{colour}] {escape(progress.detail)}"
         console.print(line.rstrip(), soft_wrap=True)
 
@@ -113,7 +115,7 @@ async def _up(config: ClusterConfig, console: Console) -> None:
         console.print("Stopped before it was ready.")
         sys.exit(EXIT_HARD)
     try:
-        _say_ready(cluster, console)
+        await _say_ready(cluster, console)
         await _unless(stop, cluster.wait())
         console.print(f"Draining, up to {config.drain_s:g} s; Ctrl-C again ends now.")
     finally:
@@ -122,10 +124,17 @@ async def _up(config: ClusterConfig, console: Console) -> None:
         raise failure
 
 
-def _say_ready(cluster: LocalCluster, console: Console) -> None:
-    address = cluster.addresses["inference"]
-    console.print(f"[bold green]Ready[/bold green] on {address}, admin on {cluster.addresses['admin']}.")
-    console.print(f'Try: halfmoon chat --address {address}    or    halfmoon generate "…" --address {address}')
+async def _say_ready(cluster: LocalCluster, console: Console) -> None:
+    address, admin = cluster.addresses["inference"], cluster.addresses["admin"]
+    console.print(f"[bold green]Ready[/bold green] on {address}, admin on {admin}.")
+    async with AsyncClient(address, admin_address=admin) as client:
+        model, view = await client.model(), await client.cluster()
+    longest = longest_request(view, model)
+    console.print(f"Longest request: {longest:,} tokens, of the model's {model.context_tokens_max:,}.")
+    where = "" if address == ADDRESS_DEFAULT else f" --address {address}"
+    told = "" if model.admin_address else f" --admin {admin}"
+    tries = (f"halfmoon chat{where}", f'halfmoon generate "…"{where}', f"halfmoon status{where}{told}")
+    console.print(f"Try: {'    or    '.join(tries)}", soft_wrap=True)
     console.print(f"Logs: {cluster.directory}/*.log.  Ctrl-C drains and stops.", soft_wrap=True)
 
 

@@ -8,7 +8,7 @@ import sys
 import click
 from rich.markup import escape
 
-from cli.client_commands import chat, drain, explain, generate, status
+from cli.client_commands import chat, drain, explain, generate, status, undrain
 from cli.cluster_commands import config, demo, up
 from cli.tables import make_console
 from halfmoon.errors import HalfmoonError
@@ -47,7 +47,7 @@ def main() -> None:
     """Halfmoon: disaggregated prefill/decode LLM serving. Start with `halfmoon up`, then `halfmoon chat`."""
 
 
-for command in (up, demo, config, chat, generate, status, explain, drain):
+for command in (up, demo, config, chat, generate, status, explain, drain, undrain):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from halfmoon.client import Cluster, Result
+from halfmoon.client import Cluster, Model, Result
 
 WIDTH_OF_FILES = 130
 """Columns where the output is no terminal: the tables below fit."""
@@ -78,6 +78,23 @@ def missing(cluster: Cluster) -> str:
         if not any(node.ready for node in pool):
             said.append(f"no {role} worker is ready: 0 of {len(pool)} known")
     return "; ".join(said)
+
+
+def longest_request(cluster: Cluster, model: Model) -> int:
+    """Tokens, prompt and output together, that the pools that are there can hold, and the model's context."""
+    blocks = {
+        role: max((n.num_device_blocks for n in cluster.nodes if n.role in (role, "coupled")), default=0)
+        for role in ("prefill", "decode")
+    }
+    return min(model.context_tokens_max, min(blocks.values()) * model.block_size)
+
+
+def without(cluster: Cluster, node_id: str) -> str:
+    """Of which role no other worker than this one is ready; "" if there are others for all that it does."""
+    role = next((node.role for node in cluster.nodes if node.node_id == node_id), "")
+    others = {node.role for node in cluster.nodes if node.ready and not node.draining and node.node_id != node_id}
+    needed = ("prefill", "decode") if role == "coupled" else (role,)
+    return next((name for name in needed if name and not others & {name, "coupled"}), "")
 
 
 def cluster_table(cluster: Cluster, width: int = WIDTH_OF_FILES) -> Table:

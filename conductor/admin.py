@@ -56,13 +56,13 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         )
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Any) -> admin_pb2.DrainResponse:  # noqa: N802
-        """One node, or all of them and new requests. Raises: NotFound."""
+        """One node, or all of them and new requests; or their return. Raises: NotFound."""
         nodes = {node.info.node_id for node in self._driver.machine.status().nodes}
         if request.node_id and request.node_id not in nodes:
             raise NotFound(f"node {request.node_id!r}; known: {', '.join(sorted(nodes)) or 'none'}")
         if not request.node_id:
-            self._front_end.refuse("the cluster is draining, by an operator's word")
-        self._driver.drain(NodeId(request.node_id) if request.node_id else None)
+            self._front_end.refuse(None if request.undo else "the cluster is draining, by an operator's word")
+        self._driver.drain(NodeId(request.node_id) if request.node_id else None, undo=request.undo)
         return admin_pb2.DrainResponse()
 
     async def Explain(self, request: admin_pb2.ExplainRequest, context: Any) -> admin_pb2.ExplainResponse:  # noqa: N802

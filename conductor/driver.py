@@ -80,8 +80,8 @@ class Driver:
 
     # ---- from operators and the clock ----
 
-    def drain(self, node_id: NodeId | None) -> None:
-        self._run(lambda now_s: self.machine.on_drain(node_id, now_s))
+    def drain(self, node_id: NodeId | None, *, undo: bool = False) -> None:
+        self._run(lambda now_s: self.machine.on_drain(node_id, now_s, undo=undo))
 
     def tick(self) -> None:
         self._run(self.machine.on_tick)

@@ -45,6 +45,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     Args:
         front_end_id: the name under which workers send this process its tokens.
         rng: for seeds of requests that name none.
+        admin_address: of the operator's API, now; empty where clients are not to be told.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         fingerprint: Fingerprint,
         config: FrontEndConfig,
         rng: random.Random,
+        admin_address: Callable[[], str] = lambda: "",
     ) -> None:
         self._front_end = front_end
         self._front_end_id = front_end_id
@@ -66,6 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._root = root_hash(fingerprint)
         self._config = config
         self._rng = rng
+        self._admin_address = admin_address
         self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
 
     def close(self) -> None:
@@ -154,6 +157,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             block_size=self._model.block_size,
             eos_token_ids=self._model.eos_token_ids,
             weights=self._fingerprint.weights,
+            admin_address=self._admin_address(),
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802

@@ -148,9 +148,9 @@ class ConductorMachine:
         self._membership.lose(node_id, epoch, reason, now_s)
         return self._took(now_s)
 
-    def on_drain(self, node_id: NodeId | None, now_s: float) -> list[Effect]:
-        """An operator's word: no new attempts for this node; None: for any."""
-        self._membership.drain(node_id, now_s)
+    def on_drain(self, node_id: NodeId | None, now_s: float, *, undo: bool = False) -> list[Effect]:
+        """An operator's word: no new attempts for this node, None: for any; `undo`: it takes some again."""
+        self._membership.drain(node_id, undo=undo)
         return self._took(now_s)
 
     def on_worker_event(self, node_id: NodeId, epoch: Epoch, event: WorkerEvent, now_s: float) -> list[Effect]:

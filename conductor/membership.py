@@ -30,6 +30,8 @@ class Membership:
         self._desk = desk
         self._fingerprint = fingerprint
         self._on_ready = on_ready
+        self._drained: set[NodeId] = set()  # by an operator; as many as he named
+        self._drained_all = False
 
     def join(self, info: NodeInfo, now_s: float) -> Worker | None:
         """A node is there: not ready before its snapshot. A new epoch replaces the old one, whose attempts restart.
@@ -47,6 +49,7 @@ class Membership:
             return None
         worker = desk.view.join(info, now_s)
         worker.incompatible = self._incompatible(info)
+        self._tell_drained(worker)
         desk.index.join(info.node_id)
         desk.counters["nodes_joined"] += 1
         return worker
@@ -63,14 +66,26 @@ class Membership:
         desk.closing = {key: due for key, due in desk.closing.items() if key[1:] != (node_id, epoch)}
         self._restart(node_id, epoch, f"{node_id} lost: {reason}", now_s)
 
-    def drain(self, node_id: NodeId | None, now_s: float) -> bool:
-        """Give a node (None: every node) no new attempts. False: there is no such node."""
-        desk = self._desk
-        workers = [w for w in desk.view if node_id is None or w.node_id == node_id]
-        for worker in workers:
-            worker.draining = True
-            desk.send(worker.node_id, worker.info.epoch, DrainCommand())
-        return bool(workers)
+    def drain(self, node_id: NodeId | None, *, undo: bool = False) -> None:
+        """Give a node (None: every node, those that join later too) no new attempts; `undo`: give it some again.
+
+        An operator's word stands for the node, not for its process: one that restarts is still drained.
+        """
+        if node_id is None:
+            self._drained_all, self._drained = not undo, set()
+        elif undo:
+            self._drained.discard(node_id)
+        else:
+            self._drained.add(node_id)
+        for worker in self._desk.view:
+            self._tell_drained(worker)
+
+    def _tell_drained(self, worker: Worker) -> None:
+        drained = self._drained_all or worker.node_id in self._drained
+        left_over = not drained and worker.load.draining  # by the word of a conductor before this one
+        if drained != worker.draining or left_over:
+            worker.draining = drained
+            self._desk.send(worker.node_id, worker.info.epoch, DrainCommand(undo=not drained))
 
     # ---- what workers say ----
 

@@ -46,7 +46,7 @@ from engine.protocol import ModelInfo
 from halfmoon.errors import ConfigError
 from halfmoon.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from service import logs, settings
-from service.channel import CLIENT_MESSAGE_BYTES_MAX, bind, make_server
+from service.channel import CLIENT_MESSAGE_BYTES_MAX, bind, is_local, make_server
 from service.metrics import Metrics
 from service.registry import Registry
 from service.run import Stop, run
@@ -113,6 +113,7 @@ class ConductorProcess:
             fingerprint=model.fingerprint,
             config=config.front_end,
             rng=random.Random(secrets.randbits(64)),
+            admin_address=lambda: self.admin_address if is_local(self.admin_address) else "",
         )
         self.nodes = Nodes(
             driver=self.driver,
@@ -136,6 +137,7 @@ class ConductorProcess:
             on_failed=lambda times, why: _say(f"failing {times} {_one_line(why)}"),
         )
         self.addresses = ""
+        self.admin_address = ""
         self._servers: list[grpc.aio.Server] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._close_metrics = _nothing
@@ -187,14 +189,14 @@ class ConductorProcess:
         operators = make_server()
         admin = AdminService(driver=self.driver, front_end=self.front_end, model=self.model.name, facts=self._facts)
         admin_pb2_grpc.add_AdminServicer_to_server(admin, operators)
-        admin_address = self._open(operators, server.admin_address, ADMIN)
+        self.admin_address = self._open(operators, server.admin_address, ADMIN)
         if server.metrics_address:
             self.metrics.registry.register(Events(self._counters))
             self.metrics.registry.register(Costs(lambda: self.driver.machine.residuals()))
             _, self._close_metrics = self.metrics.serve(server.metrics_address)
         for opened in self._servers:
             await opened.start()
-        self.addresses = f"inference={inference_address} admin={admin_address}"
+        self.addresses = f"inference={inference_address} admin={self.admin_address}"
 
     def _open(self, server: grpc.aio.Server, address: str, service: str) -> str:
         health_pb2_grpc.add_HealthServicer_to_server(self.readiness.health, server)

@@ -124,7 +124,9 @@ class SnapshotCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class DrainCommand:
-    """Take no new attempts; end the running ones normally."""
+    """Take no new attempts; end the running ones normally. `undo`: take new ones again."""
+
+    undo: bool = False
 
 
 Command = Attach | PrefillCommand | ReserveCommand | StartCommand | CancelCommand | SnapshotCommand | DrainCommand

@@ -173,9 +173,9 @@ class CoupledMachine:
 
     # ---- the rest ----
 
-    def drain(self) -> None:
-        self._prefill.drain()
-        self._decode.drain()
+    def drain(self, *, undo: bool = False) -> None:
+        self._prefill.drain(undo=undo)
+        self._decode.drain(undo=undo)
 
     def tick_due_s(self) -> float:
         return min(self._prefill.tick_due_s(), self._decode.tick_due_s())

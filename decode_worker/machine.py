@@ -346,8 +346,8 @@ class DecodeMachine:
         """DEVICE slots that whoever shares the cache should leave to the sequences here."""
         return self._room.spare()
 
-    def drain(self) -> None:
-        self._attempts.draining = True
+    def drain(self, *, undo: bool = False) -> None:
+        self._attempts.draining = not undo
 
     def tick_due_s(self) -> float:
         """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""

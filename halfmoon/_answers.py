@@ -9,12 +9,15 @@ from halfmoon.v1 import admin_pb2, inference_pb2
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
+    """`admin_address`: of the operator's API, where the cluster tells it: only to its own host."""
+
     name: str
     context_tokens_max: int
     vocab_size: int
     block_size: int
     eos_token_ids: tuple[int, ...]
     weights: str
+    admin_address: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,7 @@ def model_of(reply: inference_pb2.GetModelResponse) -> Model:
         block_size=reply.block_size,
         eos_token_ids=tuple(reply.eos_token_ids),
         weights=reply.weights,
+        admin_address=reply.admin_address,
     )
 
 

@@ -138,7 +138,10 @@ def prompt_request(prompt: Prompt, options: Options) -> pb.GenerateRequest:
     if isinstance(prompt, str):
         _require_text("prompt", prompt)
         request.prompt = prompt
-    elif isinstance(prompt, bytes | bytearray | memoryview) or not isinstance(prompt, Iterable):
+    elif isinstance(prompt, bytes | bytearray | memoryview):
+        limit = "a text (str), which UTF-8 encodes: decode bytes first; or a sequence of token ids"
+        raise InvalidRequest(field="prompt", value=prompt, limit=limit)
+    elif not isinstance(prompt, Iterable):
         raise InvalidRequest(field="prompt", value=prompt, limit="a text (str) or a sequence of token ids")
     else:
         _extend(request.prompt_token_ids.ids, "prompt_token_ids", prompt, TOKEN_IDS)

@@ -18,7 +18,7 @@ import json
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Unpack, cast
+from typing import Any, Unpack, cast
 
 import grpc
 import grpc.aio
@@ -61,19 +61,10 @@ __all__ = [
 ]
 
 
-class _Call(NamedTuple):
-    """A Generate call under way, and what its errors should say of it."""
-
-    rpc: Any
-    request_id: str
-    address: str
-    timeout_s: float
-
-
 class _Stream:
     """One Generate call: what does not depend on how it is awaited."""
 
-    def __init__(self, call: _Call, session: ChatSession[Any] | None) -> None:
+    def __init__(self, call: _calls.Sent, session: ChatSession[Any] | None) -> None:
         self.request_id = call.request_id
         self._call = call.rpc
         self._sent = call
@@ -196,7 +187,8 @@ class _Base:
 
     Args:
         address: "host:port" or "unix:path" of the conductor's client port.
-        admin_address: of its admin port; only `cluster` uses it.
+        admin_address: of its admin port, for `cluster`, `drain` and `explain`; empty: as the conductor tells it, which
+            it does to clients on its own host.
         timeout_s: the deadline of every call that names none.
         credentials: TLS; None: plain text.
     """
@@ -205,7 +197,7 @@ class _Base:
         self,
         address: str = _calls.ADDRESS_DEFAULT,
         *,
-        admin_address: str = _calls.ADMIN_ADDRESS_DEFAULT,
+        admin_address: str = "",
         timeout_s: float = TIMEOUT_S_DEFAULT,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
@@ -226,26 +218,34 @@ class _Base:
             return library.insecure_channel(address, options=_calls.CHANNEL_OPTIONS)
         return library.secure_channel(address, self._credentials, options=_calls.CHANNEL_OPTIONS)
 
-    def _admin(self) -> Any:
+    def _learn(self, model: Model) -> None:
+        if not model.admin_address:
+            raise _calls.untold(self.address)
+        self._admin_address = model.admin_address
+
+    def _admin(self, method: str) -> Any:
         if self._admin_channel is None:
             self._admin_channel = self._dial(self._admin_address)
-        return admin_pb2_grpc.AdminStub(self._admin_channel)
+        return getattr(admin_pb2_grpc.AdminStub(self._admin_channel), method)
 
-    def _generate(self, prompt: Prompt, options: Options) -> _Call:
+    def _generate(self, prompt: Prompt, options: Options) -> _calls.Sent:
         return self._start(prompt_request(prompt, options), options)
 
-    def _chat(self, messages: ChatInput[Any], options: Options) -> _Call:
+    def _chat(self, messages: ChatInput[Any], options: Options) -> _calls.Sent:
         turns = messages.messages if isinstance(messages, ChatSession) else [message_of(m) for m in messages]
         return self._start(chat_request(turns, options), options)
 
-    def _start(self, request: inference_pb2.GenerateRequest, options: Options) -> _Call:
+    def _start(self, request: inference_pb2.GenerateRequest, options: Options) -> _calls.Sent:
         request.request_id = request.request_id or _calls.new_request_id()
         timeout_s = timeout_of(options, self._timeout_s)
         rpc = self._stub.Generate(request, timeout=timeout_s)
-        return _Call(rpc, request.request_id, self.address, timeout_s)
+        return _calls.Sent(rpc, request.request_id, self.address, timeout_s)
 
-    def _error(self, failure: object, address: str) -> HalfmoonError:
-        return _calls.error_of(failure, address=address or self.address, timeout_s=self._timeout_s)
+    def _error(self, failure: object) -> HalfmoonError:
+        return _calls.error_of(failure, address=self.address, timeout_s=self._timeout_s)
+
+    def _admin_error(self, failure: object) -> HalfmoonError:
+        return _calls.admin_error(failure, address=self._admin_address, timeout_s=self._timeout_s)
 
 
 class Client(_Base):
@@ -285,11 +285,11 @@ class Client(_Base):
 
     def cluster(self) -> Cluster:
         """What the conductor knows of its nodes, from the admin port."""
-        return cluster_of(self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest(), self._admin_address))
+        return cluster_of(self._call_admin("GetCluster", admin_pb2.GetClusterRequest()))
 
-    def drain(self, node_id: str = "") -> None:
+    def drain(self, node_id: str = "", *, undo: bool = False) -> None:
         """Let a node (or, unnamed, the whole cluster) take no new requests; running ones end normally."""
-        self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id), self._admin_address)
+        self._call_admin("Drain", admin_pb2.DrainRequest(node_id=node_id, undo=undo))
 
     def explain(self, request_id: str) -> dict[str, Any]:
         """A request's decision record: what was known, predicted, decided and why, and what happened.
@@ -297,7 +297,7 @@ class Client(_Base):
         An unambiguous beginning of the id is enough.
         """
         request = admin_pb2.ExplainRequest(request_id=request_id)
-        reply = self._call(self._admin().Explain, request, self._admin_address)
+        reply = self._call_admin("Explain", request)
         return cast(dict[str, Any], json.loads(reply.record_json))
 
     def close(self) -> None:
@@ -312,11 +312,19 @@ class Client(_Base):
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _call(self, method: Any, request: object, address: str = "") -> Any:
+    def _call(self, method: Any, request: object) -> Any:
         try:
             return method(request, timeout=self._timeout_s)
         except grpc.RpcError as failure:
-            raise self._error(failure, address) from failure
+            raise self._error(failure) from failure
+
+    def _call_admin(self, method: str, request: object) -> Any:
+        if not self._admin_address:
+            self._learn(self.model())
+        try:
+            return self._admin(method)(request, timeout=self._timeout_s)
+        except grpc.RpcError as failure:
+            raise self._admin_error(failure) from failure
 
 
 class AsyncClient(_Base):
@@ -352,16 +360,14 @@ class AsyncClient(_Base):
         return list((await self._call(self._stub.Tokenize, request)).token_ids)
 
     async def cluster(self) -> Cluster:
-        return cluster_of(
-            await self._call(self._admin().GetCluster, admin_pb2.GetClusterRequest(), self._admin_address)
-        )
+        return cluster_of(await self._call_admin("GetCluster", admin_pb2.GetClusterRequest()))
 
-    async def drain(self, node_id: str = "") -> None:
-        await self._call(self._admin().Drain, admin_pb2.DrainRequest(node_id=node_id), self._admin_address)
+    async def drain(self, node_id: str = "", *, undo: bool = False) -> None:
+        await self._call_admin("Drain", admin_pb2.DrainRequest(node_id=node_id, undo=undo))
 
     async def explain(self, request_id: str) -> dict[str, Any]:
         request = admin_pb2.ExplainRequest(request_id=request_id)
-        reply = await self._call(self._admin().Explain, request, self._admin_address)
+        reply = await self._call_admin("Explain", request)
         return cast(dict[str, Any], json.loads(reply.record_json))
 
     async def close(self) -> None:
@@ -375,8 +381,16 @@ class AsyncClient(_Base):
     async def __aexit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
-    async def _call(self, method: Any, request: object, address: str = "") -> Any:
+    async def _call(self, method: Any, request: object) -> Any:
         try:
             return await method(request, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as failure:
-            raise self._error(failure, address) from failure
+            raise self._error(failure) from failure
+
+    async def _call_admin(self, method: str, request: object) -> Any:
+        if not self._admin_address:
+            self._learn(await self.model())
+        try:
+            return await self._admin(method)(request, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as failure:
+            raise self._admin_error(failure) from failure

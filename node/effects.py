@@ -117,7 +117,9 @@ class WorkerMachine(Protocol):
         """The engine raised: every attempt of the pass fails, and only those."""
         ...
 
-    def drain(self) -> None: ...
+    def drain(self, *, undo: bool = False) -> None:
+        """Refuse new attempts; `undo`: take them again."""
+        ...
 
     def load(self) -> LoadReport:
         """State now; the samples collected since the last call (which this call clears)."""

@@ -179,6 +179,7 @@ class NodeLoop:
         self._pass: asyncio.Future[list[Sampled | None]] | None = None
         self._busy = False
         self._invariant_checks = 0
+        self._leaving = False  # by a signal: no undo reaches it
         self._performers: Mapping[type, Callable[[Any], object]] = {
             Report: lambda e: self._streams.report(e.event),
             StartPull: lambda e: self._store.start_pull(e.spec),
@@ -354,15 +355,16 @@ class NodeLoop:
         """Hand a command to the machine, in order; waits while the inbox is full."""
         await self._inbox.room()
         if isinstance(command, SnapshotCommand):
-            self._inbox.post(self._send_snapshot)
+            self._inbox.post(lambda _now_s: [Report(event=self.snapshot())])
         elif isinstance(command, DrainCommand):
-            self.drain()
+            self._inbox.post(partial(self._drain, undo=command.undo))
         else:
             self._inbox.post(partial(self._machine.on_command, command))
 
     def drain(self) -> None:
-        """Take no new attempts; `attempts` becomes empty when the running ones have ended."""
-        self._inbox.post(self._drain)
+        """Take no new attempts, ever; `attempts` becomes empty when the running ones have ended."""
+        self._leaving = True
+        self._inbox.post(partial(self._drain, undo=False))
 
     @property
     def attempts(self) -> tuple[AttemptId, ...]:
@@ -392,9 +394,6 @@ class NodeLoop:
             )
         )
 
-    def _send_snapshot(self, _now_s: float) -> list[Effect]:
-        return [Report(event=self.snapshot())]
-
-    def _drain(self, _now_s: float) -> list[Effect]:
-        self._machine.drain()
+    def _drain(self, _now_s: float, *, undo: bool) -> list[Effect]:
+        self._machine.drain(undo=undo and not self._leaving)
         return []

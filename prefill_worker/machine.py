@@ -312,8 +312,8 @@ class PrefillMachine:
 
     # ---- the rest ----
 
-    def drain(self) -> None:
-        self._attempts.draining = True
+    def drain(self, *, undo: bool = False) -> None:
+        self._attempts.draining = not undo
 
     def tick_due_s(self) -> float:
         """Before this moment `on_tick` would change nothing: at once, while somebody waits for room."""

@@ -86,6 +86,11 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     return f"{address.rpartition(':')[0]}:{port}"
 
 
+def is_local(address: str) -> bool:
+    """Whether only processes of this host can reach it."""
+    return address.startswith(("unix:", "127.", "localhost:", "[::1]:"))
+
+
 def require_bindable(address: str) -> None:
     """Find out, before anything is started, that `host:port` could be listened at now. Holds nothing.
 

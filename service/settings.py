@@ -27,6 +27,9 @@ from halfmoon.errors import ConfigError, InvalidRequest
 
 ENV_PREFIX = "HALFMOON_"
 FILE_BYTES_MAX = 1 << 20  # a configuration, not a data set: refuses a wrong path early
+PLAIN_NAMES = tuple(ENV_PREFIX + word for word in ("CACHE", "TRACES", "OPERATORS", "ADDRESS", "ADMIN"))
+"""Variables that are no section's key; who reads them stands below. Others with this prefix are refused."""
+
 SECRET: dict[str, Any] = {"secret": True}
 """`field(metadata=SECRET)`: `effective` prints the field masked."""
 
@@ -65,6 +68,16 @@ def operators_choice() -> str:
     return os.environ.get("HALFMOON_OPERATORS", "")
 
 
+def client_address() -> str:
+    """HALFMOON_ADDRESS: the client API that commands talk to; empty: it is not set."""
+    return os.environ.get("HALFMOON_ADDRESS", "")
+
+
+def admin_address() -> str:
+    """HALFMOON_ADMIN: the admin API that commands talk to; empty: as the cluster tells it."""
+    return os.environ.get("HALFMOON_ADMIN", "")
+
+
 def compiler() -> str:
     """CXX, as torch's extension builder reads it, or c++."""
     return os.environ.get("CXX", "c++")
@@ -85,6 +98,16 @@ def _is_setting(name: str) -> bool:
     return name.startswith(ENV_PREFIX) and "__" in name
 
 
+def _require_known_name(name: str, text: str) -> None:
+    """One underscore too few, or a slip in a name, would otherwise go unseen."""
+    if not name.startswith(ENV_PREFIX) or _is_setting(name) or name in PLAIN_NAMES:
+        return
+    close = difflib.get_close_matches(name, PLAIN_NAMES, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    expected = f"a known name; {hint}settings are {ENV_PREFIX}SECTION__KEY, as {ENV_PREFIX}CLUSTER__PREFILL"
+    raise ConfigError(key=name, value=text, expected=expected)
+
+
 def gather(
     path: Path | str | None = None,
     *,
@@ -97,10 +120,12 @@ def gather(
         environ: None: the process's environment.
 
     Raises:
-        ConfigError: a file that cannot be read as a YAML mapping, or a key under a value.
+        ConfigError: a file that cannot be read as a YAML mapping, a key under a value, or a variable HALFMOON_… that
+            nothing reads.
     """
     tree: Tree = {} if path is None else _read_file(Path(path))
     for name, text in sorted((os.environ if environ is None else environ).items()):
+        _require_known_name(name, text)
         if _is_setting(name):
             _put(tree, [part.lower() for part in name[len(ENV_PREFIX) :].split("__")], _Text(text), name)
     for key, value in (overrides or {}).items():
@@ -179,12 +204,21 @@ def _read_file(path: Path) -> Tree:
     except OSError as error:
         raise ConfigError(key="--config", value=str(path), expected=f"a readable file ({error.strerror})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(key="--config", value=str(path), expected=f"YAML ({error})") from error
+        raise ConfigError(key="--config", value=str(path), expected=f"YAML: {_yaml_problem(error)}") from error
     if tree is None and not data.strip():
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(key="--config", value=str(path), expected="a YAML mapping of at most 1 MiB")
     return tree
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """The parser's finding without its excerpt: line and column (from 1) and what was wrong."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or not problem:
+        return " ".join(str(error).split())
+    context = getattr(error, "context", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" + (f" ({context})" if context else "")
 
 
 def _put(tree: Tree, parts: list[str], value: Any, name: str) -> None:

@@ -153,7 +153,7 @@ class Node:
         if isinstance(command, SnapshotCommand):
             self.serve(lambda now_s: [Report(event=self.snapshot())])
         elif isinstance(command, DrainCommand):
-            self.machine.drain()
+            self.machine.drain(undo=command.undo)
         else:
             self.serve(partial(self.machine.on_command, command))
 

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from halfmoon.v1 import worker_pb2 as halfmoon_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17halfmoon/v1/admin.proto\x12\x0bhalfmoon.v1\x1a\x18halfmoon/v1/worker.proto\"\x13\n\x11GetClusterRequest\"\xc7\x01\n\nNodeStatus\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.halfmoon.v1.NodeInfo\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.halfmoon.v1.LoadReport\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x1c\n\x14outstanding_attempts\x18\x04 \x01(\r\x12\x16\n\x0eindexed_blocks\x18\x05 \x01(\x04\x12\x12\n\nindex_mode\x18\x06 \x01(\t\x12\x14\n\x0clast_heard_s\x18\x07 \x01(\x01\"\xa3\x02\n\x12GetClusterResponse\x12\x14\n\x0c\x63onductor_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12&\n\x05nodes\x18\x05 \x03(\x0b\x32\x17.halfmoon.v1.NodeStatus\x12\x15\n\rrequests_open\x18\x06 \x01(\r\x12?\n\x08\x63ounters\x18\x07 \x03(\x0b\x32-.halfmoon.v1.GetClusterResponse.CountersEntry\x12\x1a\n\x12registry_reachable\x18\x08 \x01(\x08\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x1f\n\x0c\x44rainRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\"\x0f\n\rDrainResponse\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\x0f\x45xplainResponse\x12\x13\n\x0brecord_json\x18\x01 \x01(\t2\xdc\x01\n\x05\x41\x64min\x12M\n\nGetCluster\x12\x1e.halfmoon.v1.GetClusterRequest\x1a\x1f.halfmoon.v1.GetClusterResponse\x12>\n\x05\x44rain\x12\x19.halfmoon.v1.DrainRequest\x1a\x1a.halfmoon.v1.DrainResponse\x12\x44\n\x07\x45xplain\x12\x1b.halfmoon.v1.ExplainRequest\x1a\x1c.halfmoon.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17halfmoon/v1/admin.proto\x12\x0bhalfmoon.v1\x1a\x18halfmoon/v1/worker.proto\"\x13\n\x11GetClusterRequest\"\xc7\x01\n\nNodeStatus\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.halfmoon.v1.NodeInfo\x12%\n\x04load\x18\x02 \x01(\x0b\x32\x17.halfmoon.v1.LoadReport\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x1c\n\x14outstanding_attempts\x18\x04 \x01(\r\x12\x16\n\x0eindexed_blocks\x18\x05 \x01(\x04\x12\x12\n\nindex_mode\x18\x06 \x01(\t\x12\x14\n\x0clast_heard_s\x18\x07 \x01(\x01\"\xa3\x02\n\x12GetClusterResponse\x12\x14\n\x0c\x63onductor_id\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05ready\x18\x04 \x01(\x08\x12&\n\x05nodes\x18\x05 \x03(\x0b\x32\x17.halfmoon.v1.NodeStatus\x12\x15\n\rrequests_open\x18\x06 \x01(\r\x12?\n\x08\x63ounters\x18\x07 \x03(\x0b\x32-.halfmoon.v1.GetClusterResponse.CountersEntry\x12\x1a\n\x12registry_reachable\x18\x08 \x01(\x08\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"-\n\x0c\x44rainRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04undo\x18\x02 \x01(\x08\"\x0f\n\rDrainResponse\"$\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\x0f\x45xplainResponse\x12\x13\n\x0brecord_json\x18\x01 \x01(\t2\xdc\x01\n\x05\x41\x64min\x12M\n\nGetCluster\x12\x1e.halfmoon.v1.GetClusterRequest\x1a\x1f.halfmoon.v1.GetClusterResponse\x12>\n\x05\x44rain\x12\x19.halfmoon.v1.DrainRequest\x1a\x1a.halfmoon.v1.DrainResponse\x12\x44\n\x07\x45xplain\x12\x1b.halfmoon.v1.ExplainRequest\x1a\x1c.halfmoon.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,13 +33,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCLUSTERRESPONSE_COUNTERSENTRY']._serialized_start=534
   _globals['_GETCLUSTERRESPONSE_COUNTERSENTRY']._serialized_end=581
   _globals['_DRAINREQUEST']._serialized_start=583
-  _globals['_DRAINREQUEST']._serialized_end=614
-  _globals['_DRAINRESPONSE']._serialized_start=616
-  _globals['_DRAINRESPONSE']._serialized_end=631
-  _globals['_EXPLAINREQUEST']._serialized_start=633
-  _globals['_EXPLAINREQUEST']._serialized_end=669
-  _globals['_EXPLAINRESPONSE']._serialized_start=671
-  _globals['_EXPLAINRESPONSE']._serialized_end=709
-  _globals['_ADMIN']._serialized_start=712
-  _globals['_ADMIN']._serialized_end=932
+  _globals['_DRAINREQUEST']._serialized_end=628
+  _globals['_DRAINRESPONSE']._serialized_start=630
+  _globals['_DRAINRESPONSE']._serialized_end=645
+  _globals['_EXPLAINREQUEST']._serialized_start=647
+  _globals['_EXPLAINREQUEST']._serialized_end=683
+  _globals['_EXPLAINRESPONSE']._serialized_start=685
+  _globals['_EXPLAINRESPONSE']._serialized_end=723
+  _globals['_ADMIN']._serialized_start=726
+  _globals['_ADMIN']._serialized_end=946
 # @@protoc_insertion_point(module_scope)

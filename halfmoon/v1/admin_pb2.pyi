@@ -57,10 +57,12 @@ class GetClusterResponse(_message.Message):
     def __init__(self, conductor_id: _Optional[str] = ..., term: _Optional[int] = ..., model: _Optional[str] = ..., ready: _Optional[bool] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., requests_open: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., registry_reachable: _Optional[bool] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("node_id",)
+    __slots__ = ("node_id", "undo")
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    UNDO_FIELD_NUMBER: _ClassVar[int]
     node_id: str
-    def __init__(self, node_id: _Optional[str] = ...) -> None: ...
+    undo: bool
+    def __init__(self, node_id: _Optional[str] = ..., undo: _Optional[bool] = ...) -> None: ...
 
 class DrainResponse(_message.Message):
     __slots__ = ()

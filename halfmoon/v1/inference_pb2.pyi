@@ -195,20 +195,22 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "context_tokens_max", "vocab_size", "block_size", "eos_token_ids", "weights")
+    __slots__ = ("name", "context_tokens_max", "vocab_size", "block_size", "eos_token_ids", "weights", "admin_address")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ADMIN_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     name: str
     context_tokens_max: int
     vocab_size: int
     block_size: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     weights: str
-    def __init__(self, name: _Optional[str] = ..., context_tokens_max: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., weights: _Optional[str] = ...) -> None: ...
+    admin_address: str
+    def __init__(self, name: _Optional[str] = ..., context_tokens_max: _Optional[int] = ..., vocab_size: _Optional[int] = ..., block_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., weights: _Optional[str] = ..., admin_address: _Optional[str] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("text", "chat")

@@ -191,8 +191,10 @@ class SnapshotCommand(_message.Message):
     def __init__(self) -> None: ...
 
 class DrainCommand(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("undo",)
+    UNDO_FIELD_NUMBER: _ClassVar[int]
+    undo: bool
+    def __init__(self, undo: _Optional[bool] = ...) -> None: ...
 
 class WorkerCommand(_message.Message):
     __slots__ = ("attach", "prefill_command", "reserve_command", "start_command", "cancel_command", "snapshot_command", "drain_command")

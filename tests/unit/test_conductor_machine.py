@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from conductor.effects import Send, Slo
-from core.messages import LoadReport, PassSample, PrefillCommand, RefusalReason
+from conductor.view import WorkerState
+from core.messages import DrainCommand, LoadReport, PassSample, PrefillCommand, RefusalReason
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import InvalidRequest, Rejected, Unavailable
-from halfmoon.types import Outcome, RequestId
+from halfmoon.types import Epoch, NodeId, Outcome, RequestId
 from tests.conductor_kit import FINGERPRINT, Play, attempt_of, chain, info, prompt, spec
 
 
@@ -308,6 +309,34 @@ def test_an_empty_cluster_is_unavailable_at_once_and_says_why() -> None:
     assert play.request(spec("r")) == [
         "end r rejected: Unavailable: no prefill worker is ready (1 draining); no decode worker is ready (1 draining)"
     ]
+
+
+def test_an_operators_drain_outlives_the_workers_process_and_ends_by_his_word() -> None:
+    play = Play("p0 d0 d1")
+    play.machine.on_drain(NodeId("d0"), play.now_s)
+    play.machine.on_node_joined(info("d0", epoch="e2"), play.now_s)
+    play.machine.on_worker_event(NodeId("d0"), Epoch("e2"), play.snapshot("d0", epoch="e2"), play.now_s)
+    assert [n.state for n in play.machine.status().nodes if n.info.node_id == "d0"] == [WorkerState.DRAINING]
+    effects = play.machine.on_drain(NodeId("d0"), play.now_s, undo=True)
+    assert [e.command for e in effects if isinstance(e, Send)] == [DrainCommand(undo=True)]
+    assert [n.state for n in play.machine.status().nodes if n.info.node_id == "d0"] == [WorkerState.READY]
+    assert play.machine.on_drain(NodeId("d0"), play.now_s, undo=True) == []  # twice is once
+
+
+def test_a_drain_told_by_an_earlier_conductor_can_be_undone() -> None:
+    play = Play("p0 d0")
+    play.load("d0", draining=True)
+    effects = play.machine.on_drain(NodeId("d0"), play.now_s, undo=True)
+    assert [(e.node_id, e.command) for e in effects if isinstance(e, Send)] == [("d0", DrainCommand(undo=True))]
+
+
+def test_a_drained_cluster_stays_so_for_those_that_join_until_all_is_undone() -> None:
+    play = Play("p0 d0")
+    play.machine.on_drain(None, play.now_s)
+    play.join("d1")
+    assert {n.state for n in play.machine.status().nodes} == {WorkerState.DRAINING}
+    play.machine.on_drain(None, play.now_s, undo=True)
+    assert {n.state for n in play.machine.status().nodes} == {WorkerState.READY}
 
 
 def test_a_request_is_held_while_a_worker_restarts() -> None:

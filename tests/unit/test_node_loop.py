@@ -103,8 +103,8 @@ class ScriptedMachine:
     def on_pass_failed(self, failed: Pass, message: str, now_s: float) -> list[Effect]:
         return self._hear("failed", failed, message)
 
-    def drain(self) -> None:
-        self.heard.append(("drain",))
+    def drain(self, *, undo: bool = False) -> None:
+        self.heard.append(("undrain" if undo else "drain",))
 
     def load(self) -> LoadReport:
         return LoadReport(running_sequences=len(self.running))
@@ -449,8 +449,12 @@ def test_an_idle_loop_checks_its_books() -> None:
 def test_drain_reaches_the_machine_by_command_and_by_signal() -> None:
     async def story(world: World) -> None:
         await world.loop.command(DrainCommand())
+        await world.loop.command(DrainCommand(undo=True))
+        await world.until(lambda: len(world.heard("undrain")) == 1)
         world.loop.drain()
-        await world.until(lambda: len(world.heard("drain")) == 2)
+        await world.loop.command(DrainCommand(undo=True))  # too late: the process is leaving
+        await world.until(lambda: len(world.heard("drain")) == 3)
+        assert len(world.heard("undrain")) == 1
 
     run(story)
 

@@ -110,3 +110,22 @@ def test_a_key_below_a_value_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "empty.yaml"
     file.write_text("\n")
     assert gather(file, environ={}) == {}
+
+
+def test_a_variable_that_nothing_reads_is_refused_with_a_hint() -> None:
+    with pytest.raises(ConfigError, match=r"config HALFMOON_PREFILL: got '3'; expected .*HALFMOON_SECTION__KEY"):
+        gather(environ={"HALFMOON_PREFILL": "3"})
+    with pytest.raises(ConfigError, match="did you mean HALFMOON_CACHE"):
+        gather(environ={"HALFMOON_CACH": "/tmp"})
+    assert gather(environ={"HALFMOON_ADDRESS": "h:1", "HALFMOON_CACHE": "/tmp", "HALFMOONS": "2"}) == {}
+
+
+def test_bad_yaml_is_told_by_line_and_reason(tmp_path: Path) -> None:
+    path = tmp_path / "up.yaml"
+    path.write_text("cluster:\n  prefill: [1\n  decode: 2\n")
+    with pytest.raises(ConfigError) as refusal:
+        gather(path)
+    assert str(refusal.value) == (
+        f"config --config: got {str(path)!r}; expected YAML: line 3, column 9: expected ',' or ']', but got ':' "
+        "(while parsing a flow sequence)"
+    )

@@ -10,7 +10,7 @@ from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send
 from conductor.machine import ConductorMachine
 from core.messages import Command, NodeInfo, WorkerEvent
 from halfmoon.errors import HalfmoonError
-from halfmoon.types import AttemptId, Epoch, NodeId, RequestId
+from halfmoon.types import AttemptId, Epoch, NodeId, Outcome, RequestId
 
 
 class Streams(Protocol):
@@ -20,7 +20,7 @@ class Streams(Protocol):
 
     def suspend(self, request_id: RequestId) -> tuple[int, ...] | None: ...
 
-    def end(self, request_id: RequestId, error: HalfmoonError) -> None: ...
+    def end(self, request_id: RequestId, error: HalfmoonError, outcome: Outcome) -> None: ...
 
 
 class Commands(Protocol):
@@ -111,7 +111,7 @@ class Driver:
             case Resume():
                 self._resume(effect.request_id)
             case End():
-                self._streams.end(effect.request_id, effect.error)
+                self._streams.end(effect.request_id, effect.error, effect.outcome)
 
     def _resume(self, request_id: RequestId) -> None:
         """Answer Resume with the log, from which nothing more of the lost attempt counts."""

@@ -90,6 +90,13 @@ class FrontEnd:
         """Give back what `reserve` took, if `start` did not come. Idempotent."""
         self._entering.discard(request_id)
 
+    def refused(self, error: HalfmoonError, arrived_s: float) -> None:
+        """Count a request that ends before `start`: like those that the machine turns away, in one terminal event."""
+        late = isinstance(error, DeadlineExceeded)
+        outcome = Outcome.CANCELLED if late else Outcome.REJECTED
+        total_s = self.clock() - arrived_s
+        self.metrics.ended(outcome.value, ttft_s=None, total_s=total_s, num_open=self.num_open)
+
     def start(self, spec: RequestSpec, *, arrived_s: float) -> Session:
         """Open the session and hand the request to the machine. `read` and `leave` follow."""
         now_s = self.clock()
@@ -162,10 +169,10 @@ class FrontEnd:
         session = self._sessions.get(request_id)
         return None if session is None else session.log.suspend()
 
-    def end(self, request_id: RequestId, error: HalfmoonError) -> None:
+    def end(self, request_id: RequestId, error: HalfmoonError, outcome: Outcome) -> None:
         session = self._sessions.get(request_id)
         if session is not None:
-            self._fail(session, error, drop=False)
+            self._fail(session, error, outcome, drop=False)
 
     # ---- from the clock ----
 
@@ -261,12 +268,12 @@ class FrontEnd:
 
     def _abandon(self, session: Session, error: HalfmoonError, reason: str, *, drop: bool) -> None:
         request_id = session.spec.request_id
-        self._fail(session, error, drop=drop)
+        self._fail(session, error, _outcome(error), drop=drop)
         self._driver.cancel(request_id, reason)
 
-    def _fail(self, session: Session, error: HalfmoonError, *, drop: bool) -> None:
+    def _fail(self, session: Session, error: HalfmoonError, outcome: Outcome, *, drop: bool) -> None:
         session.fail(error, self.clock(), drop=drop)
-        self._close(session, _outcome(error))
+        self._close(session, outcome)
 
     def _close(self, session: Session, outcome: Outcome) -> None:
         self._wake(session)
@@ -289,6 +296,5 @@ class FrontEnd:
 
 
 def _outcome(error: HalfmoonError) -> Outcome:
-    if isinstance(error, Rejected):
-        return Outcome.REJECTED
+    """Of a request that this side ends."""
     return Outcome.CANCELLED if isinstance(error, Cancelled | DeadlineExceeded) else Outcome.FAILED

@@ -60,7 +60,11 @@ class Costs(Collector):
 
 
 class FrontEndMetrics:
-    """Plain counters for the admin API, mirrored in the process's Prometheus registry."""
+    """Plain counters for the admin API, mirrored in the process's Prometheus registry.
+
+    `streams_OUTCOME` counts every Generate call once, by how it ended. `streams_rejected` is more than the machine's
+    `requests_rejected` by those that were refused at the door: values out of range, too many streams, a drain.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self.counters: Counter[str] = Counter()

@@ -13,11 +13,11 @@ from conductor import validation
 from conductor.chat import ChatTokenizer, Turn, chat_token_ids
 from conductor.effects import RequestSpec
 from conductor.frontend import FrontEnd
-from conductor.session import TextDecoder
+from conductor.session import Session, TextDecoder
 from conductor.settings import FrontEndConfig
 from conductor.validation import ServedModel
 from halfmoon.blocks import BlockChain, Fingerprint, root_hash
-from halfmoon.errors import DeadlineExceeded, Failed
+from halfmoon.errors import DeadlineExceeded, Failed, HalfmoonError
 from halfmoon.types import SEED_MAX, BlockHash, RequestId, SamplingParams
 from halfmoon.v1 import inference_pb2 as pb
 from halfmoon.v1 import inference_pb2_grpc
@@ -79,18 +79,26 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateEvent]:  # noqa: N802
         """Started, TokenEvents, Finished; or a status."""
         arrived_s = self._front_end.clock()
-        validation.check_envelope(request, self._model)
-        request_id = RequestId(request.request_id or f"s-{secrets.token_hex(16)}")
-        self._front_end.reserve(request_id)
         try:
-            spec = await self._spec(request, request_id, self._deadline_s(context))
-            session = self._front_end.start(spec, arrived_s=arrived_s)
-        finally:
-            self._front_end.release(request_id)
+            session = await self._open(request, self._deadline_s(context), arrived_s)
+        except HalfmoonError as error:
+            self._front_end.refused(error, arrived_s)
+            raise
         # Called however the call ends, also while this generator waits in a `yield` for a reader that has gone.
         context.add_done_callback(lambda _: self._front_end.leave(session, "the client has gone"))
         async for event in self._front_end.read(session):
             yield event
+
+    async def _open(self, request: pb.GenerateRequest, deadline_s: float, arrived_s: float) -> Session:
+        """Raises: HalfmoonError: refused, before the machine has heard of it."""
+        validation.check_envelope(request, self._model)
+        request_id = RequestId(request.request_id or f"s-{secrets.token_hex(16)}")
+        self._front_end.reserve(request_id)
+        try:
+            spec = await self._spec(request, request_id, deadline_s)
+            return self._front_end.start(spec, arrived_s=arrived_s)
+        finally:
+            self._front_end.release(request_id)
 
     def _deadline_s(self, context: Any) -> float:
         remaining_s = context.time_remaining()

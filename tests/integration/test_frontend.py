@@ -401,7 +401,22 @@ def test_no_worker_is_an_answer_and_not_a_wait() -> None:
             with pytest.raises(Unavailable):
                 await it.client.complete("ab")
             assert time.monotonic() - started_s < 2.0
-            assert it.counters() == {"streams_failed": 1}
+            assert it.counters() == {"streams_rejected": 1}
+
+    run(story())
+
+
+def test_every_call_is_counted_once_wherever_it_is_refused() -> None:
+    async def story() -> None:
+        async with house(*pair()) as it:
+            await it.client.complete("ab", max_tokens=3)
+            too_long = [1] * it.inference._model.context_tokens_max  # at the door, ...
+            too_much = "ab" * (it.inference._model.context_tokens_max // 2)  # ... after tokenising
+            for prompt, options in ((too_long, {}), (too_much, {}), ("ab", {"temperature": -1.0})):
+                with pytest.raises(InvalidRequest):
+                    await it.client.complete(prompt, **options)
+            assert it.counters() == {"streams_finished": 1, "streams_rejected": 3}
+            assert it.driver.machine.counters["requests"] == 1
 
     run(story())
 

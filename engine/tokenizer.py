@@ -14,13 +14,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from engine.chat_template import ChatTemplate
-from engine.checkpoint_files import optional_json, read_json
+from engine.checkpoint_files import GENERATION_CONFIG, optional_json, read_json
 from halfmoon.errors import CheckpointError, InvalidRequest
 
 TOKENIZER = "tokenizer.json"
 OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json")
 TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import open_weights
 from engine.checkpoint_files import open_checkpoint
+from engine.default_model import NAME, default_model_directory
 from engine.families import EMBEDDING
 from engine.load import describe_model, load_engine
 from halfmoon.errors import CheckpointError, ConfigError
@@ -160,3 +161,19 @@ def test_a_damaged_gguf_file_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(CheckpointError, match=r"broken.gguf: (not a GGUF file|cannot be read as GGUF)"):
             describe_model(str(path), dtype="bfloat16", block_size=16)
     assert not [p for p in (tmp_path / "cache" / "models").iterdir() if p.is_dir()], "nothing half-made is left"
+
+
+def test_the_builtin_model_samples_as_its_card_says_also_in_an_older_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFMOON_CACHE", str(tmp_path))
+    directory = tmp_path / "models" / NAME
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text('{"eos_token_id": 2}')
+    assert default_model_directory() == directory
+    stated = json.loads((directory / "generation_config.json").read_text())
+    assert stated == {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "eos_token_id": 2}
+    (directory / "generation_config.json").write_text("{}")  # an operator's own is left alone
+    default_model_directory()
+    assert sorted(p.name for p in directory.iterdir()) == ["config.json", "generation_config.json"]
+    assert (directory / "generation_config.json").read_text() == "{}"

@@ -80,6 +80,12 @@ def missing(cluster: Cluster) -> str:
     return "; ".join(said)
 
 
+def short_address(address: str) -> str:
+    """A socket's file without its directory, which is the same for all of a host's nodes."""
+    kind, colon, path = address.partition(":")
+    return f"{kind}:…/{path.rpartition('/')[2]}" if kind == "unix" and colon and "/" in path else address
+
+
 def longest_request(cluster: Cluster, model: Model) -> int:
     """Tokens, prompt and output together, that the pools that are there can hold, and the model's context."""
     blocks = {
@@ -114,7 +120,7 @@ def cluster_table(cluster: Cluster, width: int = WIDTH_OF_FILES) -> Table:
         state = "draining" if node.draining else "ready" if node.ready else "not ready"
         room = f"{short(node.free_device_blocks + node.evictable_device_blocks)}/{short(node.num_device_blocks)}"
         indexed = short(node.indexed_blocks) + ("" if node.index_mode == "exact" else f" {node.index_mode}")
-        cells = [node.node_id, node.role, state, *([str(node.pid), node.address] if wide else [])]
+        cells = [node.node_id, node.role, state, *([str(node.pid), short_address(node.address)] if wide else [])]
         cells += [str(node.queued_attempts), str(node.running_sequences), short(node.held_blocks), room]
         table.add_row(*cells, indexed, f"{node.last_heard_s:.1f}")
     return table

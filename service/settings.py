@@ -102,9 +102,9 @@ def _require_known_name(name: str, text: str) -> None:
     """One underscore too few, or a slip in a name, would otherwise go unseen."""
     if not name.startswith(ENV_PREFIX) or _is_setting(name) or name in PLAIN_NAMES:
         return
-    close = difflib.get_close_matches(name, PLAIN_NAMES, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    expected = f"a known name; {hint}settings are {ENV_PREFIX}SECTION__KEY, as {ENV_PREFIX}CLUSTER__PREFILL"
+    close = difflib.get_close_matches(name, PLAIN_NAMES, n=1, cutoff=0.85)
+    meant = close[0] if close else f"{ENV_PREFIX}CLUSTER__{name[len(ENV_PREFIX) :]}"
+    expected = f"a known name: {', '.join(PLAIN_NAMES)}, or {ENV_PREFIX}SECTION__KEY; did you mean {meant}?"
     raise ConfigError(key=name, value=text, expected=expected)
 
 

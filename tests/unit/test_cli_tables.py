@@ -12,8 +12,8 @@ from rich.console import Console
 
 from cli.client_commands import chat
 from cli.explain import explained
-from cli.tables import cluster_table, missing, requests_table
-from halfmoon.client import Cluster, ClusterNode, Result, ServerTimings, Timings, Usage
+from cli.tables import cluster_table, longest_request, missing, requests_table, short_address, without
+from halfmoon.client import Cluster, ClusterNode, Model, Result, ServerTimings, Timings, Usage
 from halfmoon.errors import InvalidRequest
 from halfmoon.types import RequestId
 from tests.conductor_kit import Play, spec
@@ -79,6 +79,29 @@ def test_what_is_missing_is_said() -> None:
     assert missing(CLUSTER) == "no decode worker is ready: 0 of 0 known"
     down = replace(NODE, role="coupled", ready=False)
     assert missing(replace(CLUSTER, nodes=(NODE, down))) == "no decode worker is ready: 0 of 1 known"
+
+
+def test_draining_the_last_of_a_role_is_told() -> None:
+    decode, coupled = replace(NODE, node_id="d", role="decode"), replace(NODE, node_id="c", role="coupled")
+    pair = replace(CLUSTER, nodes=(NODE, decode))
+    assert (without(pair, NODE.node_id), without(pair, "d"), without(pair, "x")) == ("prefill", "decode", "")
+    assert without(replace(CLUSTER, nodes=(NODE, decode, coupled)), "d") == ""
+    assert without(replace(CLUSTER, nodes=(NODE, replace(coupled, draining=True), decode)), "d") == "decode"
+    assert without(replace(CLUSTER, nodes=(NODE, coupled)), "c") == "decode"
+
+
+def test_the_longest_request_is_what_both_pools_and_the_context_hold() -> None:
+    model = Model(name="m", context_tokens_max=8192, vocab_size=9, block_size=16, eos_token_ids=(), weights="")
+    small = replace(NODE, role="decode", num_device_blocks=20)
+    assert longest_request(replace(CLUSTER, nodes=(NODE, small)), model) == 320
+    both = replace(NODE, role="coupled", num_device_blocks=100)
+    assert longest_request(replace(CLUSTER, nodes=(NODE, small, both)), model) == 1600
+    assert longest_request(replace(CLUSTER, nodes=(NODE, replace(NODE, role="decode"))), model) == 8192
+
+
+def test_a_sockets_directory_is_left_out() -> None:
+    assert short_address("unix:/home/somebody/.cache/halfmoon/run/default/prefill-0.sock") == "unix:…/prefill-0.sock"
+    assert short_address("10.0.0.1:4000") == "10.0.0.1:4000"
 
 
 def test_a_decision_record_reads() -> None:

@@ -113,7 +113,9 @@ def test_a_key_below_a_value_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_variable_that_nothing_reads_is_refused_with_a_hint() -> None:
-    with pytest.raises(ConfigError, match=r"config HALFMOON_PREFILL: got '3'; expected .*HALFMOON_SECTION__KEY"):
+    with pytest.raises(
+        ConfigError, match=r"config HALFMOON_PREFILL: got '3'; expected .*did you mean HALFMOON_CLUSTER__PREFILL"
+    ):
         gather(environ={"HALFMOON_PREFILL": "3"})
     with pytest.raises(ConfigError, match="did you mean HALFMOON_CACHE"):
         gather(environ={"HALFMOON_CACH": "/tmp"})

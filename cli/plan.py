@@ -27,14 +27,14 @@ from cli.planning import (
 )
 from cli.scenario import Scenario, command, scenario
 from cli.simulate import WORKLOAD_OPTIONS, run_shown, with_options
-from cli.simulating import Job, admissions, config_of, trace_of
+from cli.simulating import Job, config_of, trace_of
 from cli.tables import make_console
 from report.lines import percent
 
 REQUESTS = 1000
 """Of the trace that each candidate serves, unless told otherwise: enough for a steady state, soon done."""
 
-POLICIES = ",".join(name for name in admissions() if name != "none")
+POLICIES = "baseline,early,predictive,forecast"
 BELIEFS = (0.8, 1.2)
 """Times the truth, at first. (Told of no measurement, the conductor rejects by none of its estimates: a belief that
 stayed wrong would show what measuring is worth, not what a fifth is.)"""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cli.scenario import Scenario, command
+from conductor.admission_policies import NAMES, NO_ADMISSION
 from halfmoon.errors import ConfigError
 from report import files
 from report.curves import Sketch, sketch
@@ -14,7 +15,7 @@ from report.html import run_page
 from report.records import Run
 from simulator.config import SimConfig
 from simulator.faults import parse_faults
-from simulator.policies import ADMISSIONS, PLACEMENTS
+from simulator.policies import PLACEMENTS
 from simulator.presets import load_hardware
 from simulator.run import simulate
 from workload.files import read_trace
@@ -122,7 +123,7 @@ def require_policies(admission: str, placement: str) -> None:
 
 def admissions() -> tuple[str, ...]:
     """Names of the admission policies; "none" takes everything on."""
-    return (*sorted(ADMISSIONS), "none")
+    return (*NAMES, NO_ADMISSION)
 
 
 def ticked(trace: Trace) -> bool:

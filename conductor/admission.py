@@ -13,30 +13,47 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from conductor.admission_config import AdmissionConfig, Mode, Reserve
 from conductor.effects import Slo
-from conductor.policy import Placement
-from conductor.view import ClusterView
-from core.cost import Estimate
+from conductor.scoring import DecodeScore, PrefillScore
+from conductor.survival import OutputLengths
+from conductor.view import ClusterView, Worker
 from halfmoon.errors import Rejected
 from halfmoon.types import NodeId
 
 RETRY_S_MIN = 0.1
 RETRY_S_MAX = 60.0
 
+HEADROOM_MAX = 0.5
+"""Of a limit, that lower classes must leave to higher ones."""
 
-class Mode(enum.StrEnum):
-    OFF = "off"
-    SHADOW = "shadow"  # judged and recorded, never obeyed
-    ENFORCE = "enforce"
+
+class Stage(enum.StrEnum):
+    """When it is judged."""
+
+    ARRIVAL = "arrival"
+    DECODE = "decode"  # its prefill has ended, and decode room was not asked for before
 
 
 class Flight(NamedTuple):
-    """An open attempt, as a forecast needs it: where it is, and since when or until when (seconds from now)."""
+    """An open attempt, as a forecast needs it. Seconds count from now.
 
-    decode_node: NodeId
+    Args:
+        decode_node: where it decodes or will; None: not chosen yet.
+        tokens: of KV when it joins the batch, `emitted` of them output of earlier attempts.
+        output_max: the most output that it asked for.
+        prefill_left_s: until its prefill is predicted to end; 0 once it has.
+        decoding_for_s: None before it has joined the batch.
+        share: how much of it counts, where its decode worker may be any of several.
+    """
+
+    decode_node: NodeId | None
     tokens: int
+    emitted: int
+    output_max: int
     prefill_left_s: float
-    decoding_for_s: float
+    decoding_for_s: float | None
+    share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +62,78 @@ class Case:
 
     Args:
         slo: the request's own limits, or the defaults where those are in force.
+        default_slo: what loads are measured by where there is no limit.
+        waited_s: since the request arrived.
+        tokens: of KV that it brings to the decode worker; `output_tokens` more are expected, `output_max` at most.
+        prefill: the placement's prefill side; None at stage `decode`.
+        decode: its decode side; both name the same node where that is coupled.
         view: every worker, with what is booked on it (read only).
-        flights: the open attempts; asked for only by policies that forecast.
+        flights: the open attempts on one decode worker; None: all of them, those without a decode worker included.
+        in_line: attempts that have begun, and found no decode room yet.
         decode_s: how long a request decodes, as a running mean; None before any has ended.
+        lengths: what is known of output lengths.
     """
 
+    stage: Stage
     slo: Slo
+    default_slo: Slo
     priority: int
-    placement: Placement
+    waited_s: float
+    tokens: int
+    output_tokens: int
+    output_max: int
+    block_size: int
+    prefill: PrefillScore | None
+    decode: DecodeScore
     view: ClusterView
-    flights: Callable[[], Sequence[Flight]]
+    flights: Callable[[NodeId | None], Sequence[Flight]]
+    in_line: int
     decode_s: float | None
-    now_s: float
+    lengths: OutputLengths
+    config: AdmissionConfig
+
+    @property
+    def coupled(self) -> bool:
+        return self.prefill is not None and self.prefill.node_id == self.decode.node_id
+
+    @property
+    def worker(self) -> Worker | None:
+        """The decode worker."""
+        return self.view.get(self.decode.node_id)
+
+    @property
+    def share(self) -> float:
+        """Of every limit, how much this request may use: lower classes leave some to higher ones, until they aged."""
+        step = self.priority + self.waited_s / self.config.priority_step_s
+        return 1.0 - min(HEADROOM_MAX, max(0.0, -step) * self.config.class_headroom)
+
+
+class Finding(NamedTuple):
+    """One limit and what is predicted against it. Over its limit without being `certain`, it refuses nobody.
+
+    waits: it may be kept later, when others have ended. A TTFT is not: each second of waiting is one of it.
+    """
+
+    reason: str
+    predicted: float
+    limit: float
+    unit: str
+    certain: bool
+    retry_s: float
+    waits: bool = True
+
+    @property
+    def load(self) -> float:
+        return self.predicted / self.limit if self.limit > 0.0 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One policy's opinion. With `accept` the other fields tell which limit came closest.
+    """One policy's opinion at one stage. With `accept` the other fields tell which limit came closest.
 
     `reason` with `accept`: "probe", where an idle worker is given what it is predicted to miss; else empty.
+    `waits`: a refusal that may be none later, when others have ended. `load`: the largest of predicted TTFT / SLO,
+    TBT / SLO, KV tokens / room, as this policy sees them.
     """
 
     policy: str
@@ -75,10 +145,13 @@ class Verdict:
     unit: str = "s"
     in_range: bool = True
     retry_after_s: float | None = None
+    stage: Stage = Stage.ARRIVAL
+    load: float = 0.0
+    waits: bool = False
 
     def error(self) -> Rejected:
         return Rejected(
-            reason=self.reason,
+            reason=self.reason if self.stage is Stage.ARRIVAL else f"{self.reason} at {self.stage}",
             predicted=self.predicted,
             limit=self.limit,
             unit=self.unit,
@@ -87,72 +160,72 @@ class Verdict:
 
 
 class AdmissionPolicy(Protocol):
+    """Deterministic, and without state of its own: what it knows comes with the case."""
+
     @property
     def name(self) -> str: ...
 
-    def judge(self, case: Case, mode: Mode) -> Verdict: ...
+    @property
+    def reserve(self) -> Reserve:
+        """When decode room is asked for, if this policy is enforced; never `policy`."""
+        ...
+
+    def findings(self, case: Case) -> Sequence[Finding]:
+        """Every limit that this policy looks at, at the case's stage."""
+        ...
 
 
-class Baseline:
-    """Refuses what would miss its own SLO on the placement that was picked for it, judged by the load now.
-
-    Never by a guess, and never where the worker that would miss it is idle: that one is probed.
-    """
-
-    name = "baseline"
-
-    def judge(self, case: Case, mode: Mode) -> Verdict:
-        (prefill, decode), slo = case.placement.option, case.slo
-        ttft, tbt = case.placement.ttft, case.placement.tbt
-        late, slow = _misses(ttft, slo.ttft_s), _misses(tbt, slo.tbt_s)
-        if late and not _idle(case, prefill.node_id):
-            return self._refuse(mode, "ttft_slo", ttft, slo.ttft_s, ttft.seconds - (slo.ttft_s or 0.0))
-        if slow and not _idle(case, decode.node_id):
-            worker = case.view.get(decode.node_id)
-            batch = max(1, worker.batch if worker else 1)
-            next_end_s = (case.decode_s or 1.0) / batch  # sequences that began at random times end this often
-            return self._refuse(mode, "tbt_slo", tbt, slo.tbt_s, next_end_s)
-        closest, limit = (tbt, slo.tbt_s) if slow and not late else (ttft, slo.ttft_s)
-        return Verdict(
-            policy=self.name,
-            mode=mode,
-            accept=True,
-            reason="probe" if late or slow else "",
-            predicted=closest.seconds,
-            limit=limit or 0.0,
-            in_range=ttft.in_range and tbt.in_range,
-        )
-
-    def _refuse(self, mode: Mode, reason: str, value: Estimate, limit: float | None, retry_s: float) -> Verdict:
-        return Verdict(
-            policy=self.name,
-            mode=mode,
-            accept=False,
-            reason=reason,
-            predicted=value.seconds,
-            limit=limit or 0.0,
-            retry_after_s=min(RETRY_S_MAX, max(RETRY_S_MIN, retry_s)),
-        )
+def judge(policy: AdmissionPolicy, case: Case, mode: Mode) -> Verdict:
+    """The verdict by the worst limit that is certainly missed, else by the one that comes closest."""
+    findings, share = policy.findings(case), case.share
+    worst = max(findings, key=_load, default=None)
+    if worst is None:
+        return Verdict(policy=policy.name, mode=mode, accept=True, stage=case.stage)
+    missed = [f for f in findings if f.load > share]
+    refusing = max((f for f in missed if f.certain), key=_gravity, default=None)
+    shown = refusing or worst
+    retry_s = None if refusing is None else min(RETRY_S_MAX, max(RETRY_S_MIN, refusing.retry_s))
+    return Verdict(
+        policy=policy.name,
+        mode=mode,
+        accept=refusing is None,
+        reason=refusing.reason if refusing is not None else "probe" if missed else "",
+        predicted=shown.predicted,
+        limit=shown.limit * share,
+        unit=shown.unit,
+        in_range=shown.certain,
+        retry_after_s=retry_s,
+        stage=case.stage,
+        load=worst.load,
+        waits=refusing is not None and refusing.waits,
+    )
 
 
-def _misses(value: Estimate, limit: float | None) -> bool:
-    return limit is not None and value.in_range and value.seconds > limit
+def _load(finding: Finding) -> float:
+    return finding.load
 
 
-def _idle(case: Case, node_id: NodeId) -> bool:
-    worker = case.view.get(node_id)
-    return worker is not None and worker.attempts == 0
+def _gravity(finding: Finding) -> tuple[bool, float]:
+    return (not finding.waits, finding.load)
+
+
+EARLIEST = (Reserve.BEFORE, Reserve.WITH, Reserve.DURING, Reserve.AFTER)
 
 
 class Admission:
     """The policies, each with its mode."""
 
-    def __init__(self, policies: Sequence[tuple[AdmissionPolicy, Mode]] = ((Baseline(), Mode.ENFORCE),)) -> None:
+    def __init__(self, policies: Sequence[tuple[AdmissionPolicy, Mode]], config: AdmissionConfig | None = None) -> None:
+        self.config = config or AdmissionConfig()
         self._policies = tuple((policy, mode) for policy, mode in policies if mode is not Mode.OFF)
+        wanted = {policy.reserve for policy, mode in self._policies if mode is Mode.ENFORCE} or {Reserve.WITH}
+        self.reserve = self.config.reserve
+        if self.reserve is Reserve.POLICY:
+            self.reserve = next(when for when in EARLIEST if when in wanted)
 
     def judge(self, case: Case) -> tuple[Verdict, ...]:
         """Every policy that is not off, in order."""
-        return tuple(policy.judge(case, mode) for policy, mode in self._policies)
+        return tuple(judge(policy, case, mode) for policy, mode in self._policies)
 
 
 def refusal(verdicts: Sequence[Verdict]) -> Verdict | None:

@@ -14,8 +14,9 @@ from halfmoon.types import AttemptId, Epoch, NodeId
 
 
 class Phase(enum.StrEnum):
-    """Where a request is. HELD and RESUMING have no attempt; in FINISHING its attempt has ended well."""
+    """Where a request is. The first three have no attempt; in FINISHING its attempt has ended well."""
 
+    DEFERRED = "deferred"  # refused for now: judged again when there is room
     HELD = "held"  # waiting for a worker to place it on
     RESUMING = "resuming"  # waiting for the front end's log
     PREFILLING = "prefilling"
@@ -28,12 +29,14 @@ class Timer(enum.StrEnum):
     """What a request waits for, each with a time at which the wait ends."""
 
     DEADLINE = "deadline"
+    DEFER = "defer"
     HOLD = "hold"
     RETRY = "retry"
     RESUME = "resume"
     PREFILL = "prefill"
     RESERVE = "reserve"
     SEEK = "seek"
+    ASK = "ask"
     JOIN = "join"
     LAST = "last"
     WIND = "wind"
@@ -54,6 +57,8 @@ class Attempt:
     """One try. `decode` is None while another decode worker is looked for; on a coupled worker it is `prefill`.
 
     withheld: the prefill worker's command, not sent before decode room is reserved (see Placer); None: it was sent.
+    unasked: the decode worker is booked, but was not asked for room yet.
+    judged_late: no decode worker before the prefill has ended: the decode side is judged then.
     """
 
     attempt_id: AttemptId
@@ -69,6 +74,8 @@ class Attempt:
     joined_s: float | None = None
     fetch_source: NodeId | None = None
     withheld: PrefillCommand | None = None
+    unasked: bool = False
+    judged_late: bool = False
 
     @property
     def coupled(self) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from conductor.admission_config import AdmissionConfig
 from conductor.effects import Slo
 from core.cost import CostPrior
 from halfmoon.errors import ConfigError
@@ -90,6 +91,7 @@ class ConductorConfig:
     slo: Slo = field(default_factory=lambda: Slo(ttft_s=30.0, tbt_s=0.2))
     """What loads are measured by, and admission when `enforce_default_slo`, for requests that bring no SLO."""
     enforce_default_slo: bool = False
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
     # ---- records ----
     records_max: int = 1024

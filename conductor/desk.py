@@ -14,9 +14,12 @@ from conductor.attempts import Attempt, Leg, Phase, Request
 from conductor.config import ConductorConfig
 from conductor.decisions import Decisions
 from conductor.effects import Begin, Effect, End, Resume, Send
+from conductor.oscillation import Swing
 from conductor.policy import PlacementPolicy
 from conductor.prefix_index import PrefixIndex
+from conductor.survival import OutputLengths
 from conductor.view import ClusterView
+from conductor.waiting import WaitingRoom
 from core.messages import CancelCommand, Command
 from halfmoon.errors import Failed, HalfmoonError
 from halfmoon.types import AttemptId, Epoch, NodeId, Outcome, RequestId
@@ -62,6 +65,9 @@ class Desk:
         self.closing: dict[tuple[AttemptId, NodeId, Epoch], float] = {}
         self.seekers: dict[RequestId, None] = {}  # placed, but no decode worker had room: who has waited longest first
         self.counters: Counter[str] = Counter()
+        self.waiting = WaitingRoom()
+        self.swing = Swing()
+        self.lengths = OutputLengths()
         self.output_tokens = RunningMean()
         self.decode_s = RunningMean()
         self.out: list[Effect] = []
@@ -87,6 +93,7 @@ class Desk:
     def close_leg(self, attempt: Attempt, leg: Leg, now_s: float) -> None:
         """This leg has ended by itself, or its node is gone: release what was booked for it."""
         leg.open = False
+        self.waiting.freed = True
         attempt_id, worker = attempt.attempt_id, self.view.at(leg.node_id, leg.epoch)
         if worker is not None:
             worker.release_decode(attempt_id)
@@ -97,6 +104,7 @@ class Desk:
 
     def release_prefill(self, attempt: Attempt, now_s: float) -> None:
         """The prompt is computed: neither its queue time nor its fetch is ahead of others any more."""
+        self.waiting.freed = True
         worker = self.view.at(attempt.prefill.node_id, attempt.prefill.epoch)
         if worker is not None:
             worker.release_prefill(attempt.attempt_id, now_s)
@@ -110,6 +118,8 @@ class Desk:
         self.close_leg(attempt, leg, now_s)
         if leg is attempt.prefill and attempt.withheld is not None:
             return  # it was never told of this attempt
+        if leg is attempt.decode and attempt.unasked:
+            return
         if self.view.at(leg.node_id, leg.epoch) is not None:
             self.cancel_at(leg.node_id, leg.epoch, attempt.attempt_id, reason, now_s)
             if leg is attempt.prefill and attempt.first_token_id is not None and not attempt.coupled:
@@ -160,6 +170,7 @@ class Desk:
         """The request is over: end what still runs, complete its record."""
         self.close_attempt(request, error or outcome.value, now_s)
         del self.requests[request.spec.request_id]
+        self.waiting.discard(request.spec.request_id)
         self.decisions.end(request.spec.request_id, outcome, error, now_s - request.arrived_s)
         self.counters[f"requests_{outcome.value}"] += 1
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from conductor.oscillation import Oscillation
 from core.fit import Residual
 from halfmoon.types import NodeId
 from service.metrics import Metrics
@@ -57,6 +58,31 @@ class Costs(Collector):
                 refused.add_metric((node, model), found.refused)
                 levels.add_metric((node, model), found.levels)
         yield from (error, bias, samples, refused, levels)
+
+
+class Pools(Collector):
+    """The loads of the two pools and their swing, read when the page is asked for; the glossary defines both.
+
+    Args:
+        oscillation: as it is now; called in the page's thread.
+    """
+
+    def __init__(self, oscillation: Callable[[], Oscillation]) -> None:
+        self._oscillation = oscillation
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        swing = self._oscillation()
+        load = GaugeMetricFamily("halfmoon_pool_load_ratio", "Load of a pool; 1 is its limit", labels=("pool",))
+        load.add_metric(("prefill",), swing.now.prefill)
+        load.add_metric(("decode",), swing.now.decode)
+        yield load
+        deviation = GaugeMetricFamily("halfmoon_decode_load_deviation_ratio", "Standard deviation of the decode load")
+        deviation.add_metric((), swing.decode_deviation)
+        yield deviation
+        if swing.correlation is not None:
+            turns = GaugeMetricFamily("halfmoon_pool_load_correlation_ratio", "Of the two loads; -1: in anti-phase")
+            turns.add_metric((), swing.correlation)
+            yield turns
 
 
 class FrontEndMetrics:

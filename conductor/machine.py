@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from conductor.admission import Admission
+from conductor.admission_policies import admission_of
 from conductor.attempts import Phase, Request, Timer, awaits_tokens_of
 from conductor.config import ConductorConfig
 from conductor.decisions import DecisionRecord
 from conductor.desk import Desk, Layout
 from conductor.effects import Effect, RequestSpec, RequestSummary
 from conductor.membership import Membership
+from conductor.oscillation import Oscillation, pool_loads
 from conductor.placing import Placer
 from conductor.policy import PlacementPolicy, placement_policy
 from conductor.progress import Progress
@@ -40,6 +42,9 @@ from halfmoon.blocks import Fingerprint
 from halfmoon.errors import DeadlineExceeded, Failed, Unavailable
 from halfmoon.types import Epoch, NodeId, Outcome, RequestId
 
+WAKE_S = 0.02
+"""Between two judgements of those who wait for room: each costs a few placements."""
+
 
 class ConductorMachine:
     """One owner, one caller at a time. `now_s` is monotonic and never goes back between calls.
@@ -47,7 +52,7 @@ class ConductorMachine:
     Args:
         fingerprint: of the model served; None: workers' models are not compared.
         policy: how requests are placed; None: as `config.placement` says.
-        admission: whether they are taken on.
+        admission: whether they are taken on; None: as `config.admission` says.
     """
 
     def __init__(
@@ -62,7 +67,8 @@ class ConductorMachine:
     ) -> None:
         self.conductor_id = conductor_id
         self._now_s = 0.0
-        self._desk = Desk(config, layout, policy or placement_policy(config), admission or Admission())
+        admission = admission or admission_of(config.admission)
+        self._desk = Desk(config, layout, policy or placement_policy(config), admission)
         self._placer = Placer(self._desk)
         self._progress = Progress(self._desk, self._placer)
         self._membership = Membership(self._desk, fingerprint, self._place_held)
@@ -177,6 +183,11 @@ class ConductorMachine:
             if min(request.timers.values()) <= now_s:  # as `due` tells, which costs more
                 for timer in request.due(now_s):
                     self._on_timer(request, timer, now_s)
+        if desk.swing.due(now_s):
+            ttft_s = desk.config.slo.ttft_s or 1.0
+            desk.swing.see(pool_loads(desk.view, desk.layout.block_size, ttft_s, now_s), now_s)
+        if desk.waiting and now_s - desk.waiting.judged_s >= desk.config.retry_s:
+            self._placer.place_deferred(now_s)
         for key in [key for key, due_s in desk.closing.items() if due_s <= now_s]:
             del desk.closing[key]
             desk.counters["closed_missing"] += 1
@@ -205,6 +216,10 @@ class ConductorMachine:
     def workers(self) -> list[Worker]:
         """Every worker, with what is booked on it; borrowed, not to be modified."""
         return list(self._desk.view)
+
+    def oscillation(self) -> Oscillation:
+        """How the loads of the two pools have swung lately."""
+        return self._desk.swing.read()
 
     def status(self) -> ConductorStatus:
         """As of the last call that brought a time."""
@@ -245,6 +260,8 @@ class ConductorMachine:
             return
         del request.timers[timer]
         match timer:
+            case Timer.DEADLINE if request.stream_finished:
+                desk.forget(request, Outcome.FINISHED, "", now_s)
             case Timer.DEADLINE:
                 limit_s = request.spec.deadline_s
                 desk.end(request, Outcome.FAILED, DeadlineExceeded(f"not done within {limit_s:.1f} s"), now_s)
@@ -264,6 +281,12 @@ class ConductorMachine:
                 self._progress.on_reserve_unanswered(request, now_s)
             case Timer.SEEK:
                 desk.lose(request, f"no decode worker had room within {desk.config.seek_wait_s:g} s", now_s)
+            case Timer.DEFER:
+                desk.waiting.judged_s = now_s
+                self._placer.place(request, now_s)
+            case Timer.ASK:
+                if request.attempt is not None:
+                    self._placer.ask_decode(request, request.attempt, now_s)
             case Timer.WIND:
                 desk.forget(request, Outcome.FINISHED, "", now_s)
 
@@ -274,6 +297,9 @@ class ConductorMachine:
 
     def _took(self, now_s: float) -> list[Effect]:
         self._now_s = now_s
+        waiting = self._desk.waiting
+        if waiting and waiting.freed and now_s - waiting.judged_s >= WAKE_S:
+            self._placer.place_deferred(now_s)
         effects, self._desk.out = self._desk.out, []
         return effects
 

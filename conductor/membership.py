@@ -205,7 +205,9 @@ def _needs(request: Request, attempt: Attempt, node_id: NodeId, epoch: Epoch) ->
 
 def _must_be_there(request: Request, attempt: Attempt, leg: Leg) -> bool:
     """A prefill worker lets go by itself after the hand-over, which only the decode worker reports."""
-    return leg is attempt.decode or (request.phase is Phase.PREFILLING and attempt.withheld is None)
+    if leg is attempt.decode:
+        return not attempt.unasked
+    return request.phase is Phase.PREFILLING and attempt.withheld is None
 
 
 def _possible(load: LoadReport) -> bool:

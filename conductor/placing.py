@@ -10,15 +10,15 @@ of them: one question for each piece of news, so that a full pool is not asked b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
-from conductor.admission import Case, Flight, queue_full, refusal
+from conductor.admission import queue_full
+from conductor.admission_config import Reserve
 from conductor.attempts import Attempt, Leg, Phase, Request, Timer, fetches_of, prefill_command, reserve_command
 from conductor.desk import FETCH, PULL, Desk
-from conductor.effects import Slo
+from conductor.judging import Judge
 from conductor.policy import Placement, place, place_decode
-from conductor.scoring import Query, fits_decode, fits_prefill
+from conductor.scoring import DecodeScore, Query, fits_decode, fits_prefill
 from conductor.view import DecodeBook, SendingBook, Worker
 from core.messages import StartCommand
 from halfmoon.errors import InvalidRequest, Rejected, Unavailable
@@ -34,6 +34,7 @@ class Placer:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+        self._judge = Judge(desk)
 
     # ---- a request ----
 
@@ -49,6 +50,18 @@ class Placer:
         else:
             self.place(request, now_s)
 
+    def place_deferred(self, now_s: float) -> None:
+        """Judge those again who wait for room, in their order: until a few of them are refused, so it stays short."""
+        desk, waiting = self._desk, self._desk.waiting
+        waiting.freed, waiting.judged_s = False, now_s
+        refused = 0
+        for request_id in waiting.in_order():
+            request = desk.requests[request_id]
+            self.place(request, now_s)
+            refused += request_id in waiting
+            if refused > desk.admission.config.backfill:
+                break
+
     def place(self, request: Request, now_s: float) -> None:
         """Begin the next attempt now, or hold the request until it can, or end it."""
         desk = self._desk
@@ -62,7 +75,8 @@ class Placer:
         if placement is None:
             why = f"all workers that could hold {query.num_tokens} tokens have refused or are not ready"
             self._hold(request, why, now_s, known=True)
-        elif self._judge(request, placement, now_s):
+        elif self._judge.admitted(request, query, placement, now_s):
+            desk.waiting.discard(request.spec.request_id)
             if placement.capped:
                 desk.counters["copies_capped"] += 1
             self._dispatch(request, query, placement, now_s)
@@ -93,6 +107,8 @@ class Placer:
         desk, attempt = self._desk, request.attempt
         assert attempt is not None
         assert attempt.decode is None
+        if attempt.judged_late and self._refused_late(request, attempt, now_s):
+            return
         if request.spec.request_id in desk.seekers or attempt.decode_tries >= desk.config.decode_tries_max:
             self._wait_in_line(request, attempt, now_s)
             return
@@ -103,6 +119,42 @@ class Placer:
             self._wait_in_line(request, attempt, now_s)
         else:
             self._reserve(request, attempt, query, self._worker(score.node_id), now_s)
+
+    def ask_decode(self, request: Request, attempt: Attempt, now_s: float) -> None:
+        """Its prefill has ended, or will soon: ask for decode room, if that was left for later."""
+        request.timers.pop(Timer.ASK, None)
+        if attempt.unasked and attempt.decode is not None:
+            leg, attempt.decode, attempt.unasked = attempt.decode, None, False
+            self._desk.close_leg(attempt, leg, now_s)
+            self.seek_decode(request, now_s)
+        elif attempt.judged_late and attempt.decode is None:
+            self.seek_decode(request, now_s)
+
+    def _refused_late(self, request: Request, attempt: Attempt, now_s: float) -> bool:
+        """Judge the decode side by its load now. True: the request has ended, and its prefill is wasted.
+
+        Once only: the decode workers themselves may still refuse, which ends it too. A pool that is away for a moment
+        is no refusal.
+        """
+        desk = self._desk
+        query = self._query(request, excluded=attempt.decode_refused)
+        score = place_decode(query, desk.view, desk.index, desk.policy, desk.config, now_s)
+        error: Rejected | None = None
+        if score is not None:
+            refused = self._judge.on_prefilled(request, query, score, now_s)
+            error = None if refused is None else refused.error()
+        elif attempt.decode_refused:
+            error = Rejected(
+                reason="decode_room at decode",
+                predicted=float(len(attempt.decode_refused)),
+                limit=0.0,
+                unit="refusals",
+                retry_after_s=desk.decode_s.value,
+            )
+        if error is not None:
+            desk.counters[f"rejected_{error.reason}".replace(" ", "_")] += 1
+            desk.end(request, Outcome.REJECTED, error, now_s)
+        return error is not None
 
     def _wait_in_line(self, request: Request, attempt: Attempt, now_s: float) -> None:
         """Until `offer`. While the prefill is withheld nothing is held, and the phase's time bounds the wait."""
@@ -162,19 +214,10 @@ class Placer:
             hashes=spec.block_hashes if len(spec.block_hashes) <= usable else spec.block_hashes[:usable],
             tokens_max=len(spec.token_ids) + spec.sampling.max_tokens,
             output_tokens=left if mean is None else min(left, round(mean)),
-            slo=self._slo(request),
+            slo=self._judge.slo(request),
             block_size=size,
             block_bytes=desk.layout.block_bytes,
             excluded=request.excluded if excluded is None else excluded,
-        )
-
-    def _slo(self, request: Request) -> Slo:
-        own, config = request.spec.slo, self._desk.config
-        if not config.enforce_default_slo:
-            return own
-        return Slo(
-            ttft_s=config.slo.ttft_s if own.ttft_s is None else own.ttft_s,
-            tbt_s=config.slo.tbt_s if own.tbt_s is None else own.tbt_s,
         )
 
     def _never_fits(self, request: Request) -> InvalidRequest | None:
@@ -199,6 +242,7 @@ class Placer:
     def _hold(self, request: Request, why: str, now_s: float, *, known: bool = False) -> None:
         """Wait for a worker, if there is reason to believe that one comes (or one refused); else refuse at once."""
         desk = self._desk
+        desk.waiting.discard(request.spec.request_id)
         request.held_why = why
         request.excluded = frozenset()
         hold_s = request.timers.get(Timer.HOLD)
@@ -216,40 +260,6 @@ class Placer:
 
     def _prefill_wait_s(self, attempt: Attempt) -> float:
         return self._desk.config.phase_wait_s + self._desk.config.phase_factor * attempt.predicted_s
-
-    def _judge(self, request: Request, placement: Placement, now_s: float) -> bool:
-        """Admission, once per request: what was accepted is not rejected later. False: it has ended."""
-        desk = self._desk
-        if request.placed:
-            return True
-        case = Case(
-            slo=self._slo(request),
-            priority=request.spec.priority,
-            placement=placement,
-            view=desk.view,
-            flights=lambda: self._flights(now_s),
-            decode_s=desk.decode_s.value,
-            now_s=now_s,
-        )
-        request.record.verdicts = desk.admission.judge(case)
-        refused = refusal(request.record.verdicts)
-        if refused is not None:
-            at_s = now_s - request.arrived_s
-            request.record.choices.append(desk.decisions.choice(placement, request.number, "rejected", at_s))
-            desk.end(request, Outcome.REJECTED, refused.error(), now_s)
-        return refused is None
-
-    def _flights(self, now_s: float) -> Sequence[Flight]:
-        return [
-            Flight(
-                a.decode.node_id,
-                len(r.token_ids),
-                0.0 if a.first_token_id is not None else max(0.0, a.begun_s + a.predicted_s - now_s),
-                0.0 if a.joined_s is None else now_s - a.joined_s,
-            )
-            for r, a in self._desk.running(lambda r, a: a.decode is not None)
-            if a.decode is not None
-        ]
 
     def _dispatch(self, request: Request, query: Query, placement: Placement, now_s: float) -> None:
         """Book, then command: the decode worker's room first, so that its pull waits for the prefill."""
@@ -273,15 +283,52 @@ class Placer:
         if attempt.coupled:
             self._book_decode(attempt, query, worker)
         else:
-            if desk.seekers and decode.room_load > 1.0:
-                desk.seekers[request.spec.request_id] = None  # behind those who wait already
-            else:
-                self._reserve(request, attempt, query, self._worker(decode.node_id), now_s)
-            missing = query.blocks(query.num_tokens) - decode.hit_blocks
+            self._arrange_decode(request, attempt, query, decode, now_s)
             done_s = now_s + prefill.ttft_s
-            book = SendingBook(missing * query.block_bytes, done_s - prefill.prefill_s, done_s + placement.handover_s)
-            worker.book_sending(attempt.attempt_id, PULL, book)
+            times = done_s - prefill.prefill_s, done_s + placement.handover_s
+            self._book_pull(attempt, query, decode, worker, *times)
         self._command_prefill(request, attempt, placement, worker, now_s)
+
+    def _arrange_decode(
+        self, request: Request, attempt: Attempt, query: Query, decode: DecodeScore, now_s: float
+    ) -> None:
+        """Ask for decode room now, or leave it for later, as the policy commands.
+
+        What is asked for during the prefill is booked from the beginning. A later attempt of an accepted request is
+        not judged again, so its room is always asked for.
+        """
+        desk, short = self._desk, decode.room_load > 1.0
+        when = Reserve.WITH if request.failures else desk.admission.reserve
+        if when is Reserve.AFTER:
+            attempt.judged_late = True
+        elif when is Reserve.DURING and short and self._may_ask_later(request, attempt, query):
+            worker = self._worker(decode.node_id)
+            attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
+            attempt.unasked = True
+            self._book_decode(attempt, query, worker)
+            request.timers[Timer.ASK] = now_s + desk.admission.config.reserve_share * attempt.predicted_s
+        elif desk.seekers:
+            desk.seekers[request.spec.request_id] = None  # behind those who wait already
+        else:
+            self._reserve(request, attempt, query, self._worker(decode.node_id), now_s)
+
+    def _may_ask_later(self, request: Request, attempt: Attempt, query: Query) -> bool:
+        """Nobody stands in line for decode room; and prompts without it hold at most half of the worker's blocks.
+
+        They wait for decode room; those who have it may wait for blocks here: so some must be left (0012).
+        """
+        if self._desk.seekers or request.crowded:
+            return False
+        worker = self._worker(attempt.prefill.node_id)
+        mine = [r for r, a in self._desk.running(lambda r, a: a.prefill.node_id == worker.node_id and not a.reserved)]
+        blocks = sum(query.blocks(len(r.spec.token_ids) + len(r.emitted)) for r in mine)
+        return 2 * blocks <= worker.num_blocks
+
+    def _book_pull(
+        self, attempt: Attempt, query: Query, decode: DecodeScore, source: Worker, from_s: float, to_s: float
+    ) -> None:
+        missing = query.blocks(query.num_tokens) - decode.hit_blocks
+        source.book_sending(attempt.attempt_id, PULL, SendingBook(missing * query.block_bytes, from_s, to_s))
 
     def _command_prefill(
         self, request: Request, attempt: Attempt, placement: Placement, worker: Worker, now_s: float
@@ -294,7 +341,9 @@ class Placer:
             source.book_sending(attempt.attempt_id, FETCH, book)
             worker.book_copy(score.fetch_blocks, now_s, desk.config)
         command = prefill_command(request, attempt, fetches, now_s)
-        if not attempt.coupled and (request.crowded or placement.option.decode.room_load > 1.0):
+        short = request.crowded or bool(self._desk.seekers) or placement.option.decode.room_load > 1.0
+        before = self._desk.admission.reserve is Reserve.BEFORE
+        if not (attempt.coupled or attempt.judged_late or attempt.unasked) and (short or before):
             attempt.withheld = command
         else:
             self._desk.send(worker.node_id, worker.info.epoch, command)

@@ -39,7 +39,7 @@ class Progress:
             return
         request, attempt = found
         leg = attempt.leg_at(worker.node_id, worker.info.epoch)
-        if leg is None or not leg.open:
+        if leg is None or not leg.open or (leg is attempt.decode and attempt.unasked):
             desk.counters["stale_attempts"] += 1
             return
         desk.note(request, now_s, _word(event), worker.node_id)
@@ -63,7 +63,9 @@ class Progress:
                 desk.lose(request, f"{event.kind} at {worker.node_id}: {event.message}", now_s)
 
     def _on_reserved(self, request: Request, attempt: Attempt, leg: Leg, now_s: float) -> None:
-        if leg is attempt.decode and not attempt.coupled:
+        if request.stream_finished and attempt.withheld is not None:
+            self._desk.forget(request, Outcome.FINISHED, "", now_s)
+        elif leg is attempt.decode and not attempt.coupled:
             attempt.reserved = True
             request.timers.pop(Timer.RESERVE, None)
             self._placer.prefill(request, attempt, now_s)
@@ -111,6 +113,7 @@ class Progress:
             wait_s = desk.config.phase_wait_s + desk.config.phase_factor * attempt.predicted_s
             waits = {t.value: at_s for t, at_s in request.timers.items() if t in (Timer.RESERVE, Timer.SEEK)}
             request.set_phase(Phase.JOINING, join=now_s + wait_s, **waits)
+            self._placer.ask_decode(request, attempt, now_s)
             self._placer.start(request, attempt)
 
     def _on_decode_joined(
@@ -143,6 +146,7 @@ class Progress:
         request.record.keep_stats(request.number, "decode", event.stats)
         request.record.output_tokens = event.num_output_tokens
         desk.output_tokens.see(float(event.num_output_tokens))
+        desk.lengths.see(event.num_output_tokens)
         if attempt.joined_s is not None:
             desk.decode_s.see(now_s - attempt.joined_s)
         desk.close_leg(attempt, leg, now_s)

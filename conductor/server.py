@@ -33,7 +33,7 @@ from conductor.cost_profile import with_profile, write_profile
 from conductor.desk import Layout
 from conductor.driver import Driver
 from conductor.frontend import FrontEnd
-from conductor.frontend_metrics import Costs, Events, FrontEndMetrics
+from conductor.frontend_metrics import Costs, Events, FrontEndMetrics, Pools
 from conductor.inference import InferenceService, Tokenizer
 from conductor.lease import Lease
 from conductor.machine import ConductorMachine
@@ -193,6 +193,7 @@ class ConductorProcess:
         if server.metrics_address:
             self.metrics.registry.register(Events(self._counters))
             self.metrics.registry.register(Costs(lambda: self.driver.machine.residuals()))
+            self.metrics.registry.register(Pools(lambda: self.driver.machine.oscillation()))
             _, self._close_metrics = self.metrics.serve(server.metrics_address)
         for opened in self._servers:
             await opened.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from conductor.desk import Desk
+from conductor.oscillation import Oscillation
 from conductor.prefix_index import IndexMode
 from conductor.view import Books, Worker, WorkerState
 from core.fit import Residual
@@ -33,7 +34,10 @@ class NodeState:
 
 @dataclass(frozen=True, kw_only=True)
 class ConductorStatus:
-    """`unavailable`: why no request can be served now, in words; empty when one can."""
+    """`unavailable`: why no request can be served now, in words; empty when one can.
+
+    deferred: how many of the open requests wait for room.
+    """
 
     conductor_id: str
     nodes: tuple[NodeState, ...]
@@ -41,6 +45,8 @@ class ConductorStatus:
     closing: int
     unavailable: str
     counters: dict[str, int]
+    deferred: int
+    oscillation: Oscillation
 
     @property
     def ready(self) -> bool:
@@ -55,6 +61,8 @@ def status_of(desk: Desk, conductor_id: str, now_s: float) -> ConductorStatus:
         closing=len(desk.closing),
         unavailable=desk.view.why_unavailable(now_s),
         counters=dict(desk.counters),
+        deferred=len(desk.waiting),
+        oscillation=desk.swing.read(),
     )
 
 

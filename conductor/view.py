@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -210,6 +210,10 @@ class Worker:
         self.decode_tokens += book.tokens
         self.decode_blocks += book.blocks
         self._count_decode()
+
+    def decoding(self) -> Collection[AttemptId]:
+        """The attempts that have decode room booked here; borrowed."""
+        return self._decode.keys()
 
     def join_decode(self, attempt_id: AttemptId) -> None:
         """From now on its own reports count this sequence."""

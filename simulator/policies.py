@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from conductor.admission import Admission, AdmissionPolicy, Baseline, Mode
+from conductor.admission_policies import NAMES, NO_ADMISSION, admission_named
 from conductor.config import PlacementName
 from conductor.desk import Layout
 from conductor.effects import Slo
@@ -21,11 +21,7 @@ Make = TypeVar("Make")
 PLACEMENTS = {name.value: name for name in PlacementName}
 """By name."""
 
-ADMISSIONS: Mapping[str, Callable[[], AdmissionPolicy]] = {"baseline": Baseline}
-"""By name."""
-
-NO_ADMISSION = "none"
-"""Everything is taken on."""
+ADMISSIONS = {name: name for name in (*NAMES, NO_ADMISSION)}
 
 
 def make_conductor(
@@ -41,13 +37,11 @@ def make_conductor(
         ConfigError: an unknown policy.
     """
     hardware = config.hardware
-    policies: list[tuple[AdmissionPolicy, Mode]] = []
-    if config.admission != NO_ADMISSION:
-        policies.append((_named("admission", config.admission, ADMISSIONS)(), Mode.ENFORCE))
     settings = replace(
         config.conductor,
         slo=Slo(ttft_s=config.slo_ttft_s, tbt_s=config.slo_tbt_s),
         prior=hardware.prior(factors),
+        admission=admission_named(_named("admission", config.admission, ADMISSIONS), config.conductor.admission),
         placement=_named("placement", config.placement, PLACEMENTS),
         placement_seed=rng.getrandbits(32),
     )
@@ -56,12 +50,10 @@ def make_conductor(
         layout=Layout(block_size=hardware.block_tokens, block_bytes=hardware.block_bytes),
         conductor_id="simulated",
         fingerprint=fingerprint,
-        admission=Admission(policies),
     )
 
 
 def _named(key: str, name: str, known: Mapping[str, Make]) -> Make:
     if name not in known:
-        names = ", ".join(sorted([*known, NO_ADMISSION] if key == "admission" else known))
-        raise ConfigError(key=f"simulation.{key}", value=name, expected=f"one of {names}")
+        raise ConfigError(key=f"simulation.{key}", value=name, expected=f"one of {', '.join(sorted(known))}")
     return known[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from conductor.admission import Admission
+from conductor.admission_config import AdmissionConfig, Mode
 from conductor.config import ConductorConfig
 from conductor.desk import Layout
 from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send, Slo
@@ -51,6 +51,9 @@ ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "c": Role.COUPLED}
 
 PRIOR = CostPrior(prefill=(0.01, 1e-3, 1e-12), decode=(0.02, 1e-3, 1e-9), transfer=(1e-3, 1e-9))
 """A token costs 1 ms to compute; a block (16 tokens) 1 ms to move: round numbers for exact expectations."""
+
+TAKES_ALL = AdmissionConfig(forecast=Mode.SHADOW)
+"""No policy in force: what waits for room then waits with its attempt begun."""
 
 
 def chain(token_ids: Sequence[int]) -> tuple[BlockHash, ...]:
@@ -106,14 +109,13 @@ class Play:
         workers: names as in `info`; all have joined and sent an empty snapshot, long enough ago to be grown up.
     """
 
-    def __init__(self, workers: str = "p0 d0", *, admission: Admission | None = None, **config: object) -> None:
+    def __init__(self, workers: str = "p0 d0", **config: object) -> None:
         settings = {"prior": PRIOR, "suspect_s": 1e6, "silent_s": 2e6, **config}
         self.machine = ConductorMachine(
             config=ConductorConfig(**settings),  # type: ignore[arg-type]
             layout=Layout(block_size=BLOCK_SIZE, block_bytes=BLOCK_BYTES),
             conductor_id="c",
             fingerprint=FINGERPRINT,
-            admission=admission,
         )
         self.now_s = 0.0
         self.effects: list[Effect] = []

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from conductor.admission_config import AdmissionConfig
+from conductor.admission_policies import admission_named
 from conductor.config import PlacementName
 from conductor.decisions import Choice
 from conductor.effects import Slo
@@ -153,7 +156,102 @@ def _chosen(choice: Choice) -> str:
     )
 
 
+def small(policy: str, blocks: int, **config: object) -> Scribe:
+    """One prefill worker, and one decode worker of so many blocks of 16 tokens."""
+    tell = Scribe("p0", admission=replace(admission_named(policy, AdmissionConfig()), **config))  # type: ignore[arg-type]
+    tell.lines[0] = f"workers: p0, d0 of {blocks} blocks; {policy}"
+    tell.play.join("d0", num_device_blocks=blocks)
+    tell.play.now_s = 200.0
+    return tell
+
+
+def verdicts(play: Play, name: str) -> list[str]:
+    record = play.machine.explain(attempt_of(f"{name}#1").request_id)
+    assert record is not None
+    said = [(v, "yes" if v.accept else "no", f"{v.predicted:.4g}/{v.limit:.4g} {v.unit}") for v in record.verdicts]
+    return [f"{v.policy} ({v.mode}, {v.stage}): {word} {v.reason} {values}" for v, word, values in said]
+
+
+def baseline() -> str:
+    """The decode side is judged when a prefill has ended; c's is wasted."""
+    tell = small("baseline", 6)
+    play = tell.play
+    for name in "abc":
+        tell(f"request {name}, 40 tokens", play.request(spec(name)))
+    for name in "abc":
+        play.now_s += 0.05
+        tell(f"p0 prefilled {name}#1", play.prefilled("p0", f"{name}#1"))
+        tell(f"  {name}'s verdicts", verdicts(play, name))
+    tell("d0 reserved a#1", play.reserved("d0", "a#1"))
+    tell("d0 has no room for b#1 after all", play.refused("d0", "b#1"))
+    tell("d0 joined a#1", play.joined("d0", "a#1"))
+    tell("d0 finished a#1", play.ended("d0", "a#1"))
+    return tell.text()
+
+
+def early() -> str:
+    """Both sides on arrival by their load now, which knows nothing of what is being computed."""
+    tell = small("early", 6)
+    play = tell.play
+    for name in "ab":
+        tell(f"request {name}, 40 tokens", play.request(spec(name)))
+        tell(f"p0 prefilled {name}#1", play.prefilled("p0", f"{name}#1"))
+        tell(f"d0 reserved {name}#1", play.reserved("d0", f"{name}#1"))
+    tell("request c, 40 tokens", play.request(spec("c")))
+    tell("  c's verdicts", verdicts(play, "c"))
+    return tell.text()
+
+
+def deferral() -> str:
+    """Who finds no room waits, the higher class first, and no longer than its TTFT limit allows."""
+    tell = small("forecast", 4, backfill=0)
+    play = tell.play
+    tell("request a, 40 tokens", play.request(spec("a")))
+    tell("request b, priority -1", play.request(replace(spec("b"), priority=-1)))
+    tell("request c, first token within 1 s", play.request(spec("c", slo=Slo(ttft_s=1.0))))
+    tell("request d", play.request(spec("d")))
+    tell("  d's verdicts", verdicts(play, "d"))
+    tell("a second later", play.wait(1.0))
+    tell("request e, priority 1", play.request(replace(spec("e"), priority=1)))
+    tell("client of a gone", play.cancel("a"))
+    tell("client of e gone", play.cancel("e"))
+    tell("a tick later", play.wait(0.1))
+    tell("client of d gone", play.cancel("d"))
+    tell("a tick later", play.wait(0.1))
+    return tell.text()
+
+
+def forecast() -> str:
+    """Outputs have had 8 tokens so far: after some steps their room is counted on, and asked for during the prefill."""
+    tell = small("forecast", 8)
+    play = tell.play
+    for i in range(20):
+        name = f"n{i}"
+        play.request(spec(name))
+        play.reserved("d0", f"{name}#1")
+        play.prefilled("p0", f"{name}#1")
+        play.joined("d0", f"{name}#1")
+        play.ended("d0", f"{name}#1")
+        play.finished_stream(name)
+    tell("request a, 100 tokens", play.request(spec("a", tokens=prompt(100), max_tokens=20)))
+    tell("d0 reserved a#1", play.reserved("d0", "a#1"))
+    tell("p0 prefilled a#1", play.prefilled("p0", "a#1"))
+    tell("d0 joined a#1", play.joined("d0", "a#1"))
+    tell("request b, 100 tokens", play.request(spec("b", tokens=prompt(100, seed=1), max_tokens=20)))
+    tell("some steps later", play.wait(0.12))
+    tell("  b's verdicts", verdicts(play, "b"))
+    tell("half of its prefill later", play.wait(0.06))
+    tell("d0 finished a#1", play.ended("d0", "a#1"))
+    tell("d0 reserved b#1", play.reserved("d0", "b#1"))
+    tell("p0 prefilled b#1", play.prefilled("p0", "b#1"))
+    return tell.text()
+
+
 SCENES: dict[str, Callable[[], str]] = {
+    "baseline": baseline,
+    "early": early,
+    "deferral": deferral,
+    "forecast": forecast,
     "life": life,
     "failover": failover,
     "admission": admission,

@@ -6,13 +6,18 @@ attempts are numbered upwards, and once all is over nothing is booked and nothin
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from conductor.admission_config import AdmissionConfig, Mode, Reserve
+from conductor.admission_policies import admission_named
+from conductor.attempts import Phase, Timer
 from conductor.config import ConductorConfig
 from conductor.desk import Layout
-from conductor.effects import Begin, Effect, End, Resume, Send
+from conductor.effects import Begin, Effect, End, Resume, Send, Slo
 from conductor.machine import ConductorMachine
 from core.messages import (
     AttemptFailed,
@@ -51,10 +56,48 @@ ODD = st.sampled_from([0.1, 0.0, -1.0, float("nan"), float("inf")])
 KINDS = ("ok", "refuse", "fail", "last", "silent")
 
 
+MODES = st.sampled_from(list(Mode))
+ANY_ADMISSION = st.builds(
+    AdmissionConfig,
+    baseline=MODES,
+    early=MODES,
+    predictive=MODES,
+    forecast=MODES,
+    reserve=st.sampled_from(list(Reserve)),
+    defer=st.booleans(),
+    defer_s_max=st.sampled_from([0.2, 20.0]),
+    deferred_max=st.integers(0, 2),
+    backfill=st.integers(0, 2),
+    reserve_share=st.sampled_from([0.0, 0.5, 1.0]),
+)
+NAMED = ("forecast", "early+defer", "baseline", "predictive", "forecast")
+ADMISSIONS = st.sampled_from(NAMED).map(lambda n: admission_named(n, AdmissionConfig(deferred_max=2))) | ANY_ADMISSION
+BLOCKS = st.sampled_from([14, 14, 24, 1000])
+"""Of a worker's pool: room for one request, for two short ones, and for all."""
+SLOS = st.sampled_from([Slo(), Slo(ttft_s=30.0, tbt_s=0.1), Slo(ttft_s=0.05), Slo(tbt_s=0.001)])
+
+Ask = tuple[int, float, Slo, int]
+"""Tokens after the shared ones, deadline, limits, priority."""
+ASKS = st.tuples(st.integers(1, 100), st.sampled_from([5.0, 60.0, 600.0]), SLOS, st.sampled_from([-100, -1, 0, 3]))
+
+
 class Conductor(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        config = ConductorConfig(attempts_max=3, decode_tries_max=3, refusals_max=3, requests_max=3, records_max=8)
+        self.num_blocks = 1000
+        self._begin(AdmissionConfig())
+
+    @initialize(admission=ADMISSIONS, num_blocks=BLOCKS, asks=st.lists(ASKS, min_size=2, max_size=len(NAMES)))
+    def any_admission(self, admission: AdmissionConfig, num_blocks: int, asks: list[Ask]) -> None:
+        self.num_blocks = num_blocks
+        self._begin(admission)
+        for name, ask in zip(NAMES, asks, strict=False):
+            self._ask(name, *ask)
+
+    def _begin(self, admission: AdmissionConfig) -> None:
+        config = ConductorConfig(
+            attempts_max=3, decode_tries_max=3, refusals_max=3, requests_max=3, records_max=8, admission=admission
+        )
         layout = Layout(block_size=BLOCK_SIZE, block_bytes=BLOCK_BYTES)
         self.machine = ConductorMachine(config=config, layout=layout, conductor_id="c", fingerprint=FINGERPRINT)
         self.now_s = 0.0
@@ -65,7 +108,10 @@ class Conductor(RuleBasedStateMachine):
         self.resuming: set[RequestId] = set()
         self.opened = self.ended = 0
         for name in ("p0", "d0"):
-            self._join(info(name))
+            self._join(self._info(name))
+
+    def _info(self, name: str) -> NodeInfo:
+        return info(name, num_device_blocks=self.num_blocks)
 
     # ---- the twin's side of every effect ----
 
@@ -112,7 +158,7 @@ class Conductor(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NODES), epoch=st.integers(1, 3), hashes=HASHES)
     def node_joins(self, name: str, epoch: int, hashes: list) -> None:  # type: ignore[type-arg]
-        self._join(info(f"{name}@{epoch}"), hashes)
+        self._join(self._info(f"{name}@{epoch}"), hashes)
 
     def _join(self, node: NodeInfo, hashes: list | None = None) -> None:  # type: ignore[type-arg]
         known = self.alive.get(node.node_id)
@@ -220,15 +266,24 @@ class Conductor(RuleBasedStateMachine):
 
     # ---- the front end ----
 
-    @rule(name=st.sampled_from(NAMES), length=st.integers(1, 100), deadline_s=st.sampled_from([5.0, 60.0, 600.0]))
-    def a_request_comes(self, name: str, length: int, deadline_s: float) -> None:
+    @rule(name=st.sampled_from(NAMES), ask=ASKS)
+    def a_request_comes(self, name: str, ask: Ask) -> None:
+        self._ask(name, *ask)
+
+    @rule(asks=st.lists(ASKS, min_size=len(NAMES), max_size=len(NAMES)))
+    def a_crowd_comes(self, asks: list[Ask]) -> None:
+        for name, ask in zip(NAMES, asks, strict=True):
+            self._ask(name, *ask)
+
+    def _ask(self, name: str, length: int, deadline_s: float, slo: Slo, priority: int) -> None:
         request_id = RequestId(name)
         if request_id in self.open:
             return
         self.open[request_id] = 0
         self.opened += 1
         tokens = (*SHARED, *prompt(length, seed=1))
-        self._hear(self.machine.on_request(spec(name, tokens=tokens, deadline_s=deadline_s), self.now_s))
+        request = replace(spec(name, tokens=tokens, deadline_s=deadline_s, slo=slo), priority=priority)
+        self._hear(self.machine.on_request(request, self.now_s))
 
     @precondition(lambda self: self.resuming)
     @rule(data=st.data(), emitted=st.integers(0, 8))
@@ -251,7 +306,7 @@ class Conductor(RuleBasedStateMachine):
             effects = self.machine.on_cancel(request_id, "client gone", self.now_s)
         else:
             effects = self.machine.on_stream_finished(request_id, self.now_s, stopped=how == "stop")
-        assert all(isinstance(e, Send) for e in effects)
+        assert not any(isinstance(e, End | Resume) and e.request_id == request_id for e in effects)
         self._hear(effects)
 
     @rule(name=st.sampled_from(NODES), epoch=st.integers(1, 3))
@@ -275,6 +330,22 @@ class Conductor(RuleBasedStateMachine):
         assert machine_open == set(self.open)
 
     @invariant()
+    def who_waits_for_room_has_a_time_at_which_it_ends(self) -> None:
+        desk = self.machine._desk
+        deferred = {r for r, request in desk.requests.items() if request.phase is Phase.DEFERRED}
+        assert deferred == set(desk.waiting.in_order())
+        assert len(deferred) <= desk.admission.config.deferred_max
+        assert all(Timer.DEFER in desk.requests[r].timers for r in deferred)
+        assert all(desk.requests[r].attempt is None for r in deferred)
+
+    @invariant()
+    def nothing_is_asked_of_a_decode_worker_too_early(self) -> None:
+        for request in self.machine._desk.requests.values():
+            attempt = request.attempt
+            if attempt is not None and attempt.judged_late and attempt.first_token_id is None:
+                assert attempt.decode is None
+
+    @invariant()
     def only_open_legs_are_booked(self) -> None:
         legs = sum(
             leg.open
@@ -293,6 +364,7 @@ class Conductor(RuleBasedStateMachine):
         status = self.machine.status()
         assert all(node.books.empty for node in status.nodes)
         assert (status.requests_open, status.closing) == (0, 0)
+        assert len(self.machine._desk.waiting) == 0
         assert self.machine._desk.decisions._open == {}
         terminals = sum(n for name, n in status.counters.items() if name in TERMINALS)
         assert terminals == status.counters.get("requests", 0)

@@ -36,7 +36,7 @@ def outcomes(run_: object) -> Counter[Outcome]:
 def test_one_request_takes_what_the_formulas_say() -> None:
     request = TraceRequest(at_s=3.0, input_tokens=100, output_tokens=4, block_ids=tuple(range(7)))
     trace = Trace(source="one", block_tokens=16, requests=(request,))
-    (row,) = simulate(trace, config(noise=0.0, prefill=1, decode=1)).requests
+    (row,) = simulate(trace, config(noise=0.0, prefill=1, decode=1, admission="none")).requests
     prefill_s = 0.002 + 100 * 2e-4 + 0.5 * 100**2 * 1e-7
     message_s, block_s, link_s = 5e-4, 16 * 1000 / 1e8, 2e-4
     assert row.arrived_s == pytest.approx(3.0)
@@ -67,7 +67,7 @@ def test_two_copies_from_one_sender_wait_for_each_other() -> None:
         for at_s, i in ((0.0, 0), (0.001, 10), (0.001, 20))
     ]
     trace = Trace(source="pair", block_tokens=16, requests=tuple(requests))
-    rows = simulate(trace, config(noise=0.0, prefill=1, decode=3)).requests
+    rows = simulate(trace, config(noise=0.0, prefill=1, decode=3, admission="none")).requests
     assert len({row.decode_node for row in rows}) == 3
     assert rows[1].ttft_s == pytest.approx(rows[2].ttft_s)
     one, two = (row.tbt_max_s or 0.0 for row in rows[1:])
@@ -134,7 +134,13 @@ def test_many_steps_at_once_are_as_good_as_one_by_one(seed: int, faults: str) ->
 @pytest.mark.parametrize("dram", [0, 60])
 def test_many_steps_at_once_where_room_is_short(dram: int) -> None:
     hardware = {"decode_blocks": 40, "decode_dram_blocks": dram}
-    settings = {"hardware": hardware, "output_factor": 3.0, "every_s": 0.05, "output_tokens_max": 200}
+    settings = {
+        "hardware": hardware,
+        "output_factor": 3.0,
+        "every_s": 0.05,
+        "output_tokens_max": 200,
+        "admission": "none",
+    }
     many, single = (run(3, 80, macro=macro, check=macro, **settings) for macro in (True, False))
     assert fingerprint(many) == fingerprint(single)
     assert outcomes(many)[Outcome.FINISHED] > 70

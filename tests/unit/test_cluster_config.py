@@ -45,6 +45,21 @@ def test_a_value_out_of_range_is_refused_by_name(key: str, value: Any) -> None:
     assert refusal.value.key == key
 
 
+def test_the_admission_policies_of_the_conductor_are_chosen_in_the_cluster_s_file(tmp_path: Path) -> None:
+    file = tmp_path / "up.yaml"
+    file.write_text("cluster: {conductor: {admission: {predictive: enforce, forecast: shadow, defer: false}}}")
+    config = cluster_config(str(file), {}, "default")
+    told = conductor_spec(config, "redis://").settings["conductor"]["admission"]
+    assert isinstance(told, dict)
+    assert (told["predictive"], told["forecast"], told["defer"]) == ("enforce", "shadow", False)
+    file.write_text("cluster: {conductor: {admission: {predicitve: enforce}}}")
+    with pytest.raises(ConfigError, match=r"conductor.admission.predicitve: .*did you mean 'predictive'"):
+        cluster_config(str(file), {}, "default")
+    file.write_text("cluster: {conductor: {admission: {predictive: maybe}}}")
+    with pytest.raises(ConfigError, match=r"admission.predictive: got 'maybe'; expected one of off, shadow, enforce"):
+        cluster_config(str(file), {}, "default")
+
+
 def test_any_two_ports_may_be_the_same_zero() -> None:
     assert ClusterConfig(port=0, admin_port=0).port == 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from core.messages import FailureKind
-from tests.conductor_kit import Play, attempt_of, info, prompt, spec
+from tests.conductor_kit import TAKES_ALL, Play, attempt_of, info, prompt, spec
 
 
 def test_a_last_token_that_died_with_its_prefill_worker_is_computed_again() -> None:
@@ -75,7 +75,7 @@ def test_the_only_prefill_worker_is_waited_for_until_it_speaks() -> None:
 
 def crowd() -> Play:
     """One decode worker, whose room is booked by `a`."""
-    play = Play("")
+    play = Play("", admission=TAKES_ALL)
     play.join("p0")
     play.join("d0", num_device_blocks=4)
     play.now_s = 100.0
@@ -103,19 +103,11 @@ def test_a_withheld_prefill_is_neither_missed_nor_cancelled_where_it_never_was()
 
 
 def test_who_holds_prefill_room_already_goes_first() -> None:
-    play = Play("p0 d0")
-    play.request(spec("a"))  # its prefill runs
-    play.request(spec("b"))
+    play = crowd()
+    play.request(spec("b"))  # withheld: it holds nothing
     for name in ("b", "a"):
         assert play.refused("d0", f"{name}#1") == []
-    play.wait(10.0)
-    play.resume("b", [])
-    play.resume("a", [])
-    for name in ("b", "a"):  # both are withheld now, and c is not
-        play.refused("d0", f"{name}#2")
-    play.request(spec("c"))
-    assert play.refused("d0", "c#1") == []
-    assert play.load("d0", free_device_blocks=3) == ["d0 <- reserve c#1 40(40) from p0@e1"]
+    assert play.load("d0", free_device_blocks=3) == ["d0 <- reserve a#1 40(40) from p0@e1"]
 
 
 def test_waiting_for_room_costs_no_tries_and_is_bounded() -> None:

@@ -10,7 +10,7 @@ from core.messages import DrainCommand, LoadReport, PassSample, PrefillCommand, 
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import InvalidRequest, Rejected, Unavailable
 from halfmoon.types import Epoch, NodeId, Outcome, RequestId
-from tests.conductor_kit import FINGERPRINT, Play, attempt_of, chain, info, prompt, spec
+from tests.conductor_kit import FINGERPRINT, TAKES_ALL, Play, attempt_of, chain, info, prompt, spec
 
 
 def test_a_request_is_placed_prefilled_started_and_finished() -> None:
@@ -141,7 +141,7 @@ def test_room_that_is_freed_is_offered_to_those_in_line_one_after_another() -> N
 
 
 def test_where_the_books_are_full_a_newcomer_stands_behind_those_in_line() -> None:
-    play = Play("p0")
+    play = Play("p0", admission=TAKES_ALL)
     play.join("d0", num_device_blocks=4)
     play.now_s = 200.0
     play.request(spec("a"))

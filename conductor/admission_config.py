@@ -1,0 +1,90 @@
+"""Pure: the settings of admission: which policies judge, which are obeyed, and what they may put off."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, fields
+
+from halfmoon.errors import ConfigError
+
+
+class Mode(enum.StrEnum):
+    OFF = "off"
+    SHADOW = "shadow"  # judged and recorded, never obeyed
+    ENFORCE = "enforce"
+
+
+class Reserve(enum.StrEnum):
+    """When decode room is asked for."""
+
+    POLICY = "policy"  # as the enforced policy says; of several, the earliest
+    BEFORE = "before"  # the prefill is not commanded before the room is there
+    WITH = "with"  # both are commanded at once; before, where room is short
+    DURING = "during"  # with the prefill where there is room, else towards its end
+    AFTER = "after"  # when the prefill has ended: the decode side is judged only then
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmissionConfig:
+    """Checked when built. Durations in seconds.
+
+    Args:
+        baseline, early, predictive, forecast: the policies of `conductor.admission_policies`. `predictive` looks at
+            every open request each time it judges.
+        reserve: when decode room is asked for.
+        defer: a request that is refused waits instead, and is judged again as room is freed, for as long as it can
+            still meet its TTFT.
+        slack_share: of the TTFT limit, within which a deferred request must be able to have its first token.
+        defer_s_max: how long a request without a TTFT limit is deferred.
+        deferred_max: requests deferred at once; further ones are refused as they come.
+        backfill: how many deferred requests behind one that does not fit are tried each time.
+        size_bonus: a deferred request is taken for this much older per second of its own prefill: a long prompt has
+            less time to wait, and would otherwise lose every race.
+        priority_step_s: one step of priority makes a deferred request this much older. So a lower class is overtaken
+            by a bounded set of later arrivals only: nobody starves.
+        class_headroom: of every limit, kept free from requests of each priority below 0; at most half of it in all.
+            Waiting `priority_step_s` lifts a request by one step.
+        sigmas: `forecast` keeps so many standard deviations of the KV it expects free.
+        horizon_s: `forecast` counts on no more of the room that running requests will leave than what they leave in
+            this time.
+        reserve_share: of its predicted prefill, after which a request that was let in on a forecast asks for its room.
+
+    Raises:
+        ConfigError: naming the key, the value and what was expected.
+    """
+
+    baseline: Mode = Mode.SHADOW
+    early: Mode = Mode.SHADOW
+    predictive: Mode = Mode.OFF
+    forecast: Mode = Mode.ENFORCE
+    reserve: Reserve = Reserve.POLICY
+    defer: bool = True
+    slack_share: float = 0.85
+    defer_s_max: float = 600.0
+    deferred_max: int = 1024
+    backfill: int = 4
+    size_bonus: float = 0.8
+    priority_step_s: float = 10.0
+    class_headroom: float = 0.05
+    sigmas: float = 2.0
+    horizon_s: float = 4.0
+    reserve_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "float" and not (math.isfinite(value) and value >= 0.0):
+                self._refuse(f.name, "a finite number, 0 or more")
+        for name in ("slack_share", "reserve_share", "class_headroom"):
+            if getattr(self, name) > 1.0:
+                self._refuse(name, "a share, at most 1")
+        for name in ("priority_step_s", "defer_s_max"):
+            if getattr(self, name) == 0.0:
+                self._refuse(name, "above 0")
+        for name in ("deferred_max", "backfill"):
+            if getattr(self, name) < 0:
+                self._refuse(name, "0 or more")
+
+    def _refuse(self, name: str, expected: str) -> None:
+        raise ConfigError(key=name, value=getattr(self, name), expected=expected)

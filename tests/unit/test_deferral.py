@@ -1,0 +1,312 @@
+"""Who is put off, in which order they come in, how long they wait; and decode room that is asked for later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from random import Random
+
+import pytest
+
+from conductor.admission_config import AdmissionConfig
+from conductor.admission_policies import admission_named
+from conductor.attempts import Phase
+from conductor.effects import Slo
+from conductor.oscillation import Oscillation, PoolLoads, Swing, pool_loads
+from conductor.survival import EDGES, OutputLengths
+from conductor.waiting import SIZE_BONUS_S_MAX, WaitingRoom, rank
+from core.messages import LoadReport
+from halfmoon.types import RequestId
+from tests.conductor_kit import Play, attempt_of, prompt, spec
+
+
+def full(policy: str = "forecast", blocks: int = 4, prefill_blocks: int = 1000, **config: object) -> Play:
+    """One decode worker, whose room `a` has."""
+    admission = replace(admission_named(policy, AdmissionConfig()), **config)  # type: ignore[arg-type]
+    play = Play("", admission=admission)
+    play.join("p0", num_device_blocks=prefill_blocks)
+    play.join("d0", num_device_blocks=blocks)
+    play.now_s = 200.0
+    play.request(spec("a"))
+    return play
+
+
+def waiting(play: Play) -> list[str]:
+    return [str(name) for name in play.machine._desk.waiting.in_order()]
+
+
+# ---- waiting ----
+
+
+def test_who_finds_no_room_begins_when_it_is_freed() -> None:
+    play = full()
+    assert play.request(spec("b")) == []
+    assert play.cancel("a") == [
+        "d0 <- cancel a#1: client gone",
+        "p0 <- cancel a#1: client gone",
+        "begin b#1",
+        "d0 <- reserve b#1 40(40) from p0@e1",
+        "p0 <- prefill b#1 40(40)",
+    ]
+    assert waiting(play) == []
+
+
+def test_who_waits_is_judged_again_with_the_ticks_but_not_by_every_event() -> None:
+    play = full()
+    play.request(spec("b"))
+    play.request(spec("c"))
+    assert len(play.cancel("a")) == 5  # b begins
+    assert len(play.cancel("b")) == 2  # at the same moment: c waits for the next
+    assert play.wait(0.05) == ["begin c#1", "d0 <- reserve c#1 40(40) from p0@e1", "p0 <- prefill c#1 40(40)"]
+
+
+def test_a_newcomer_waits_behind_those_who_wait_already_even_if_it_would_fit() -> None:
+    play = full(blocks=6, backfill=0)
+    play.request(spec("b", tokens=prompt(60)))
+    assert play.request(spec("c", tokens=prompt(10))) == []
+    record = play.machine.explain(RequestId("c"))
+    assert record is not None
+    assert [v.accept for v in record.verdicts if v.policy == "forecast"] == [True]
+    assert [s.what for s in record.steps] == ["deferred: 1 others wait"]
+    assert waiting(play) == ["b", "c"]
+
+
+def test_a_few_behind_one_that_does_not_fit_are_tried() -> None:
+    play = full(blocks=6, backfill=1)
+    play.request(spec("b", tokens=prompt(60)))
+    assert play.request(spec("c", tokens=prompt(10)))[0] == "begin c#1"
+
+
+def test_a_wait_ends_when_the_first_token_would_be_late() -> None:
+    """0.85 of 1 s, less 50 ms for its own prefill, which is a guess until it was measured, and so counts nothing."""
+    play = full()
+    play.request(spec("b", slo=Slo(ttft_s=1.0)))
+    assert play.wait(0.84) == []
+    (refused,) = play.wait(0.02)
+    assert refused.startswith("end b rejected: Rejected: rejected (decode_room): predicted")
+
+
+def test_a_request_without_a_limit_waits_for_its_deadline() -> None:
+    play = full()
+    play.reserved("d0", "a#1")
+    play.prefilled("p0", "a#1")
+    play.request(spec("b", deadline_s=50.0))
+    assert play.wait(49.0) == []
+    (ended,) = play.wait(2.0)
+    assert ended == "end b failed: DeadlineExceeded: not done within 50.0 s"
+    assert waiting(play) == []
+
+
+def test_those_who_wait_are_bounded() -> None:
+    play = full(deferred_max=1)
+    play.request(spec("b"))
+    (refused,) = play.request(spec("c"))
+    assert refused.startswith("end c rejected: Rejected: rejected (decode_room)")
+
+
+def test_a_client_that_leaves_waits_no_more_and_nothing_was_begun() -> None:
+    play = full()
+    play.request(spec("b"))
+    assert play.cancel("b") == []
+    assert waiting(play) == []
+
+
+def test_while_a_pool_is_away_who_waited_for_room_waits_for_a_worker() -> None:
+    play = full()
+    play.request(spec("b"))
+    play.lose("d0")
+    play.wait(0.1)
+    assert play.machine._desk.requests[RequestId("b")].phase is Phase.HELD
+    assert waiting(play) == []
+    assert "begin b#1" in play.join("d0@2", num_device_blocks=4)
+
+
+def test_without_deferral_a_refusal_is_final() -> None:
+    play = full(defer=False)
+    (refused,) = play.request(spec("b"))
+    assert refused.startswith("end b rejected: Rejected: rejected (decode_room)")
+
+
+def test_early_may_defer_too() -> None:
+    play = full("early+defer", blocks=6)
+    play.prefilled("p0", "a#1")
+    play.reserved("d0", "a#1")
+    assert play.request(spec("b", tokens=prompt(60))) == []
+    play.cancel("a")
+    assert play.wait(0.11) == ["begin b#1", "p0 <- prefill b#1 60(60)"]
+
+
+# ---- the order ----
+
+
+CONFIG = AdmissionConfig(priority_step_s=10.0, size_bonus=0.5)
+
+
+def test_a_class_goes_first_by_its_steps_and_no_further() -> None:
+    """A request of priority -1 that came at 0 s is overtaken by all of priority 0 that come until 10 s, by no other."""
+    low = rank(0.0, -1, 0.0, CONFIG)
+    overtaken_by = [at_s for at_s in (0.1, 5.0, 9.9, 10.1, 100.0) if rank(at_s, 0, 0.0, CONFIG) < low]
+    assert overtaken_by == [0.1, 5.0, 9.9]
+
+
+def test_a_long_prompt_goes_before_a_short_one_that_came_a_little_earlier_and_the_bonus_is_bounded() -> None:
+    assert rank(1.0, 0, 4.0, CONFIG) < rank(0.0, 0, 0.1, CONFIG) < rank(3.0, 0, 4.0, CONFIG)
+    assert rank(0.0, 0, 1e9, CONFIG) == -SIZE_BONUS_S_MAX
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_waiting_room_is_a_sorted_list(seed: int) -> None:
+    random, room, twin = Random(seed), WaitingRoom(), dict[RequestId, float]()
+    for _ in range(300):
+        name = RequestId(f"r{random.randrange(20)}")
+        if name in twin:
+            assert room.discard(name)
+            del twin[name]
+        else:
+            value = float(random.randrange(8))
+            assert room.ahead_of(value) == sum(v <= value for v in twin.values())
+            room.add(name, value)
+            twin[name] = value
+        assert room.in_order() == sorted(twin, key=twin.__getitem__)  # both stable: by coming
+        assert not room.discard(RequestId("nobody"))
+
+
+# ---- decode room that is asked for later ----
+
+
+def old(prefill_blocks: int = 1000, **config: object) -> Play:
+    """`c` has decoded for longer than any output before: its room is counted on."""
+    play = full(blocks=8, prefill_blocks=prefill_blocks, **config)
+    play.cancel("a")
+    for _ in range(20):
+        play.machine._desk.lengths.see(8)
+    play.request(spec("c", tokens=prompt(100), max_tokens=20))
+    play.reserved("d0", "c#1")
+    play.prefilled("p0", "c#1")
+    play.joined("d0", "c#1")
+    play.wait(1.0)
+    return play
+
+
+B = spec("b", tokens=prompt(100, seed=1), max_tokens=20)
+
+
+def grown_old(**config: object) -> Play:
+    """And `b` is let in."""
+    play = old(**config)  # type: ignore[arg-type]
+    assert play.request(B) == ["begin b#1", "p0 <- prefill b#1 100(100)"]
+    return play
+
+
+def test_room_that_is_counted_on_is_booked_at_once_and_asked_for_later() -> None:
+    play = grown_old()
+    assert {n.info.node_id: n.books.decode_tokens for n in play.machine.status().nodes}["d0"] == 200
+    assert play.wait(0.05) == []
+    assert play.wait(0.01) == ["d0 <- reserve b#1 100(100) from p0@e1"]  # half of 110 ms have gone
+
+
+def test_a_prefill_that_ends_early_asks_at_once() -> None:
+    play = grown_old(reserve_share=1.0)
+    assert play.prefilled("p0", "b#1") == ["d0 <- reserve b#1 100(100) from p0@e1"]
+    assert play.refused("d0", "b#1") == []  # then it stands in line
+    assert play.ended("d0", "c#1") == ["d0 <- reserve b#1 100(100) from p0@e1"]
+    assert play.reserved("d0", "b#1") == ["d0 <- start b#1 7"]
+
+
+def test_a_decode_worker_that_was_not_asked_is_not_told_to_cancel() -> None:
+    play = grown_old()
+    assert play.cancel("b") == ["p0 <- cancel b#1: client gone"]
+
+
+def test_a_decode_worker_that_was_not_asked_need_not_know_the_attempt_and_may_not_speak_of_it() -> None:
+    play = grown_old(reserve_share=1.0)
+    play.wait(0.05)
+    assert play.say("d0", play.snapshot("d0", attempts=[attempt_of("c#1")])) == []
+    before = play.counter("stale_attempts")
+    assert play.reserved("d0", "b#1") == []
+    assert play.counter("stale_attempts") == before + 1
+
+
+def test_a_prompt_that_would_fill_more_than_half_of_its_worker_asks_for_decode_room_first() -> None:
+    """Those who have decode room may wait for blocks of the prefill worker, and they for decode room (0012)."""
+    assert old(prefill_blocks=14).request(B) == ["begin b#1", "p0 <- prefill b#1 100(100)"]  # 7 blocks
+    assert old(prefill_blocks=13).request(B) == ["begin b#1", "d0 <- reserve b#1 100(100) from p0@e1"]
+
+
+# ---- output lengths ----
+
+
+def test_before_enough_outputs_have_ended_all_go_on() -> None:
+    lengths = OutputLengths()
+    for _ in range(19):
+        lengths.see(10)
+    assert (lengths.outlives(5, 100, 1000), lengths.outlives(5, 100, 50)) == (1.0, 0.0)
+    lengths.see(10)
+    assert lengths.outlives(5, 100, 1000) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_share_that_outlives_a_length_is_that_of_a_plain_count(seed: int) -> None:
+    """At the bins' edges the histogram is exact; between them it falls."""
+    random, lengths = Random(seed), OutputLengths()
+    seen = [max(1, round(random.lognormvariate(4.0, 1.5))) for _ in range(500)]
+    for length in seen:
+        lengths.see(length)
+    for edge in EDGES[1:60]:
+        assert lengths.longer(edge) == pytest.approx(sum(s >= edge for s in seen) / len(seen))
+    values = [lengths.longer(x) for x in range(1, 2000)]
+    assert all(0.0 <= b <= a <= 1.0 for a, b in pairwise(values))
+    age = EDGES[12]
+    alive = [s for s in seen if s >= age]
+    assert lengths.outlives(age, EDGES[20] - age, 1 << 30) == pytest.approx(
+        sum(s >= EDGES[20] for s in alive) / len(alive)
+    )
+
+
+def test_what_was_true_long_ago_fades() -> None:
+    lengths = OutputLengths()
+    for _ in range(1000):
+        lengths.see(1000)
+    for _ in range(4000):
+        lengths.see(10)
+    assert lengths.longer(500) < 0.1
+
+
+# ---- oscillation ----
+
+
+def test_two_pools_in_anti_phase() -> None:
+    swing = Swing()
+    for i in range(100):
+        swing.see(PoolLoads(prefill=0.5 + 0.5 * (-1) ** i, decode=0.5 - 0.25 * (-1) ** i), float(i))
+    found = swing.read()
+    assert (found.samples, found.now) == (100, PoolLoads(0.0, 0.75))
+    assert (found.decode_deviation, found.correlation) == (pytest.approx(0.25), pytest.approx(-1.0))
+
+
+def test_the_window_is_bounded_and_pools_that_stand_still_have_no_correlation() -> None:
+    swing = Swing()
+    assert swing.read() == Oscillation(0, PoolLoads(0.0, 0.0), 0.0, None)
+    for i in range(1000):
+        swing.see(PoolLoads(prefill=float(i), decode=0.5), float(i))
+    assert swing.read()._replace(now=PoolLoads(0.0, 0.0)) == Oscillation(300, PoolLoads(0.0, 0.0), 0.0, None)
+
+
+def test_the_loads_are_sampled_every_second_whatever_the_ticks() -> None:
+    play = Play("p0 d0", slo=Slo(ttft_s=10.0))
+    play.load("d0", kv_tokens=4000)
+    play.request(spec("a", tokens=prompt(990)))
+    for _ in range(10):
+        play.wait(0.05)
+    now = pool_loads(play.machine._desk.view, 16, 10.0, play.now_s)
+    assert now == PoolLoads(prefill=pytest.approx(0.051), decode=0.25)  # half of its second has gone; 4,000 of 16,000
+    assert play.machine.status().oscillation.samples == 1
+    play.wait(1.0)
+    assert play.machine.oscillation().samples == 2
+
+
+def test_a_report_beyond_all_bounds_is_no_load() -> None:
+    play = Play("p0 d0")
+    play.say("d0", LoadReport(kv_tokens=-5))
+    play.wait(2.0)
+    assert play.machine.oscillation().now.decode == 0.0

@@ -374,11 +374,13 @@ class DecodeMachine:
 
     def effects(self, now_s: float) -> list[Effect]:
         """What was decided, after using whatever room the last event has made: for the preempted first."""
-        if any(a.phase in WAITS for a in self._attempts.all()):
+        self._waits = self._somebody_waits()
+        if self._waits:
             for attempt in self._room.resume(now_s):
                 self._join_if_complete(attempt, now_s)
             self._admit_waiting(now_s)
-            self._waits = any(a.phase in WAITS for a in self._attempts.live())
-        else:
-            self._waits = False
+            self._waits = self._somebody_waits()
         return self._attempts.take_effects()
+
+    def _somebody_waits(self) -> bool:
+        return bool([a for a in self._attempts.all() if a.phase in WAITS and not a.ending])  # asked at every event

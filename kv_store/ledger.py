@@ -230,10 +230,12 @@ class Ledger:
     def _settle(self, number: int) -> None:
         """Bring state, counts, free list, policy and children in line with the slot's facts."""
         slot = self._slots[number]
-        old, new = slot.state, self._derive(slot)
+        old = slot.state
+        held = bool(slot.holders)
+        new = SlotState.PINNED if held and slot.name is not None else self._derive(slot)  # mostly pinned: a call less
         if old is new:
             return
-        (self._held.add if slot.holders else self._held.discard)(number)
+        (self._held.add if held else self._held.discard)(number)
         slot.state = new
         self._counts[old] -= 1
         self._counts[new] += 1

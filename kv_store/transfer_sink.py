@@ -248,7 +248,7 @@ class Sink:
         progressed = True
         while progressed and len(self._batches) < self._limits.batches_max:
             progressed = False
-            for session in list(self._sessions.values()):
+            for session in [s for s in self._sessions.values() if s.ready]:
                 progressed |= self._schedule_one(session, now_s)
 
     def _schedule_one(self, session: SinkSession, now_s: float) -> bool:

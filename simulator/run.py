@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from halfmoon.errors import Failed
 from report.records import Run
@@ -12,6 +14,9 @@ from simulator.config import SimConfig
 from simulator.policies import make_conductor
 from simulator.simulation import MakeConductor, Simulation
 from workload.trace import Trace
+
+GC_OBJECTS = 100_000
+"""New objects between two looks of the garbage collector."""
 
 
 def simulate(
@@ -34,7 +39,8 @@ def simulate(
     began_s = time.perf_counter()
     simulation = Simulation(trace, config, lambda name: random.Random(f"{config.seed}/{name}"), conductor)
     try:
-        result = simulation.run(on_progress)
+        with few_collections():
+            result = simulation.run(on_progress)
     except AssertionError as error:
         at_s = simulation.world.now_s - simulation.began_s
         raise Failed(f"at {at_s:.6f} s: {error}\nagain: {command(trace, config)}") from error
@@ -49,6 +55,20 @@ def simulate(
         counters={**result.counters, "sim_events": result.num_events, "sim_passes": result.num_passes},
         residuals=result.residuals,
     )
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Let the garbage collector look less often: a run makes few cycles, and holds much that it would scan."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_OBJECTS, 50, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def pools(config: SimConfig) -> str:

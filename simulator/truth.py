@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 
@@ -32,8 +33,10 @@ class Noise:
     def ahead(self, count: int) -> list[float]:
         """The next `count` values, not used up."""
         end = self._at + count
-        while len(self._values) < end:
-            self._values.append(self._rng.lognormvariate(0.0, self._sigma) if self._sigma else 1.0)
+        missing = end - len(self._values)
+        if missing > 0:
+            gauss, sigma = self._rng.gauss, self._sigma
+            self._values += [math.exp(gauss(0.0, sigma)) for _ in range(missing)] if sigma else [1.0] * missing
         return self._values[self._at : end]
 
     def skip(self, count: int) -> None:

@@ -7,7 +7,7 @@ import codecs
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc.aio
@@ -230,7 +230,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServicer):
             await asyncio.sleep(self.step_s)
             offset += 1
             token = self._token(command, offset, None)
-            token = token if token.finish_reason is None else replace(token, stats=stats)
+            token = token if token.finish_reason is None else token._replace(stats=stats)
             self._emit(token)
         finished = AttemptFinished(
             attempt_id=attempt_id, finish_reason=token.finish_reason, num_output_tokens=token.index + 1, stats=stats

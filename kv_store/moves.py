@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from halfmoon.types import BlockHash, Tier
 from kv_store.values import Move
 
 
-class Cargo(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Cargo:
     """What a move carries: a block's name, its parent's, and its place in the chain.
 
     No name: a private block, such as a partial tail.

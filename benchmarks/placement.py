@@ -1,0 +1,160 @@
+"""Shell: the conductor's ways to place on a real trace, in simulation: mean TTFT, and what it hangs on.
+
+    python -m benchmarks.placement [--seeds 5] [--speedup 1.0]
+
+The conversation trace on 8 prefill and 8 decode nodes of the paper's kind (simulator/hardware/a800-llama-70b.yaml),
+nothing refused, every policy of the product; then local-prefix and Algorithm 1 again with the compute and the links
+slower and faster than that. What the conductor believes of costs begins 20 % off and is corrected by measurements, as
+everywhere. Published for comparison: FAST'25, Figure 5 (16 nodes) and the preprint's Figure 8 (8P+8D).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import click
+from rich import box
+from rich.table import Table
+
+from benchmarks.record import save
+from benchmarks.simulations import console, run_cases
+from conductor.config import PlacementName
+from halfmoon.types import Outcome
+from simulator.config import SimConfig
+from simulator.presets import load_hardware
+from simulator.run import simulate
+from workload.files import CONVERSATION, read_trace
+from workload.transforms import TICK_S
+
+POLICIES = ("random", "round_robin", "least_loaded", "local_prefix", "mooncake", "algorithm1")
+PAIR = ("local_prefix", "algorithm1")
+COMPUTE = (0.7, 1.0, 1.4)  # MFU 0.35, 0.5, 0.7
+LINKS = (0.25, 1.0, 4.0)  # 3.1, 12.5, 50 GB/s
+HARDWARE = "a800-llama-70b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run. `compute`, `link`: multiples of the preset's speed."""
+
+    placement: str
+    seed: int
+    speedup: float
+    compute: float = 1.0
+    link: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Of one run: every TTFT's mean, p50 and p99, the share of prompt tokens found, and bytes between prefill nodes."""
+
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    hit_share: float
+    remote_share: float
+    finished: int
+
+
+def run_case(case: Case, progress: Callable[[float], None]) -> Seen:
+    preset = load_hardware(HARDWARE)
+    hardware = replace(
+        preset,
+        prefill_token_s=preset.prefill_token_s / case.compute,
+        prefill_pair_s=preset.prefill_pair_s / case.compute,
+        link_bytes_per_s=preset.link_bytes_per_s * case.link,
+    )
+    config = SimConfig(
+        hardware=hardware,
+        placement=case.placement,
+        admission="none",
+        seed=case.seed,
+        speedup=case.speedup,
+        jitter_s=TICK_S,
+        slo_ttft_s=None,
+        slo_tbt_s=None,
+        deadline_s=7200.0,
+    )
+    trace = read_trace(CONVERSATION)
+    run = simulate(trace, config, on_progress=lambda ended: progress(ended / len(trace.requests)))
+    done = [row for row in run.requests if row.outcome is Outcome.FINISHED]
+    ttfts = sorted(row.ttft_s for row in done if row.ttft_s is not None)
+    prompt = sum(row.input_tokens for row in done)
+    remote = sum(row.hit_tokens_remote for row in done)
+    local = sum(row.hit_tokens_device + row.hit_tokens_dram for row in done)
+    return Seen(
+        ttft_mean_s=statistics.fmean(ttfts),
+        ttft_p50_s=ttfts[len(ttfts) // 2],
+        ttft_p99_s=ttfts[int(0.99 * len(ttfts))],
+        hit_share=(local + remote) / prompt,
+        remote_share=remote / prompt,
+        finished=len(done),
+    )
+
+
+def cases(seeds: int, speedup: float) -> list[Case]:
+    numbers = range(1, seeds + 1)
+    every = [Case(placement=name, seed=seed, speedup=speedup) for name in POLICIES for seed in numbers]
+    varied = [(compute, 1.0) for compute in COMPUTE if compute != 1.0] + [(1.0, link) for link in LINKS if link != 1.0]
+    few = numbers[: max(1, seeds // 2)]
+    return every + [
+        Case(placement=name, seed=seed, speedup=speedup, compute=compute, link=link)
+        for compute, link in varied
+        for name in PAIR
+        for seed in few
+    ]
+
+
+def mean(found: dict[Case, Seen], figure: Callable[[Seen], float], **wanted: object) -> float:
+    """Over the seeds of the cases that are like that."""
+    like = [s for c, s in found.items() if all(getattr(c, name) == value for name, value in wanted.items())]
+    return statistics.fmean(map(figure, like))
+
+
+def show(found: dict[Case, Seen], speedup: float) -> None:
+    table = Table(box=box.SIMPLE_HEAD, title=f"{CONVERSATION}, 8P+8D, {speedup:g}x: time to first token, seconds")
+    for name in ("placement", "mean", "p50", "p99", "found %", "of it remote %", "against local_prefix"):
+        table.add_column(name, justify="left" if name == "placement" else "right")
+    plain = {"compute": 1.0, "link": 1.0}
+    base = mean(found, lambda s: s.ttft_mean_s, placement="local_prefix", **plain)
+    for name in POLICIES:
+        figures = [
+            mean(found, figure, placement=name, **plain)
+            for figure in (lambda s: s.ttft_mean_s, lambda s: s.ttft_p50_s, lambda s: s.ttft_p99_s)
+        ]
+        hits = mean(found, lambda s: s.hit_share, placement=name, **plain)
+        remote = mean(found, lambda s: s.remote_share, placement=name, **plain)
+        change = f"{100 * (figures[0] / base - 1):+.1f} %"
+        table.add_row(name, *(f"{f:.2f}" for f in figures), f"{100 * hits:.1f}", f"{100 * remote:.1f}", change)
+    console.print(table)
+    table = Table(box=box.SIMPLE_HEAD, title="The same with other hardware: mean TTFT, seconds")
+    for name in ("MFU", "link GB/s", *PAIR, "algorithm1 against local_prefix"):
+        table.add_column(name, justify="right")
+    preset = load_hardware(HARDWARE)
+    for compute, link in dict.fromkeys((c.compute, c.link) for c in found):
+        pair = [mean(found, lambda s: s.ttft_mean_s, placement=n, compute=compute, link=link) for n in PAIR]
+        table.add_row(
+            f"{0.5 * compute:.2f}",
+            f"{link * preset.link_bytes_per_s / 1e9:.1f}",
+            *(f"{value:.2f}" for value in pair),
+            f"{100 * (pair[1] / pair[0] - 1):+.1f} %",
+        )
+    console.print(table)
+
+
+@click.command()
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--speedup", default=1.0, show_default=True, help="The trace's clock runs this much faster.")
+def main(seeds: int, speedup: float) -> None:
+    assert set(POLICIES) == {name.value for name in PlacementName}, "every policy of the product is compared"
+    found = run_cases(run_case, cases(seeds, speedup), lambda case: f"{case.placement}, seed {case.seed}")
+    show(found, speedup)
+    rows = [vars(case) | vars(seen) for case, seen in found.items()]
+    console.print(f"raw: {save('placement', {'command': sys.argv[1:], 'hardware': HARDWARE, 'runs': rows})}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,50 +1,225 @@
-"""Shell: a decision record as tables that a person reads."""
+"""Shell: a decision record as tables that a person reads at 80 columns: outcome, terms, verdicts, candidates, steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+MS = 1e3
 PREFILL_TERMS = ("ttft_s", "queue_s", "fetch_s", "prefill_s", "mixing_s")
-DECODE_TERMS = ("tbt_s", "stall_s")
+PREFILL_HEADS = ("TTFT", "queue", "fetch", "prefill", "mixing")
+STEPS_SHOWN = 24
+"""The first ones; a record may hold more, all of which --json shows."""
+
+Record = dict[str, Any]
 
 
-def explained(record: dict[str, Any]) -> Iterator[Table | Text]:
-    """The outcome, then for each attempt its candidates (chosen one starred, times in ms), then the steps."""
-    said = f": {record['error']}" if record["error"] else ""
-    yield Text(f"{record['request_id']}: {record['outcome'] or 'running'}{said}")
-    for choice in record["choices"]:
-        yield _candidates(choice, "prefill", PREFILL_TERMS)
-        yield _candidates(choice, "decode", DECODE_TERMS)
+def explained(record: Record) -> Iterator[Table | Text]:
+    """What came of it, predicted beside actual, who would have had it taken on, and, for each attempt, why there."""
+    yield _outcome(record)
     if record["choices"]:
-        yield Text(_ttft(record))
-    for step in record["steps"]:
-        yield Text(f"{step['at_s'] * 1e3:9,.1f} ms  #{step['number']} {step['what']} {step['node']}".rstrip())
+        yield _terms(record)
+    if record["verdicts"]:
+        yield _verdicts(record["verdicts"])
+    for choice in record["choices"]:
+        yield from _why(choice)
+    yield from _steps(record)
 
 
-def _candidates(choice: dict[str, Any], leg: str, terms: tuple[str, ...]) -> Table:
-    scores = choice[f"{leg}_scores"]
-    title = f"attempt {choice['number']} ({choice['cause']}): {leg}, {choice[f'{leg}_candidates']} candidates"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    table.add_column("node", overflow="fold")
-    for name in (*(term.removesuffix("_s") + " ms" for term in terms), "hit blocks"):
+# ---- what came of it ----
+
+
+def _outcome(record: Record) -> Text:
+    end = record["outcome"] or "running"
+    took = "" if record["ended_s"] is None else f" after {_ms(record['ended_s'])} ms"
+    output = record["output_tokens"]
+    made = "" if output is None else f"; {output} tokens came out"
+    blocks = f"{record['num_prompt_tokens']} prompt tokens ({record['num_prompt_blocks']} full blocks)"
+    lines = [
+        f"{record['request_id']}: {end}{took}{made}",
+        f"{blocks}, at most {record['max_tokens']} out",
+        f"policy {record['policy']}, {_limits(record)}; the chosen are starred",
+    ]
+    if record["error"]:
+        lines.append(record["error"])
+    return Text("\n".join(lines))
+
+
+def _limits(record: Record) -> str:
+    parts = [
+        f"{name} {_ms(record[key])} ms" for name, key in (("TTFT", "slo_ttft_s"), ("TBT", "slo_tbt_s")) if record[key]
+    ]
+    return f"its limits: {', '.join(parts)}" if parts else "no limits of its own"
+
+
+# ---- predicted beside actual ----
+
+
+def _terms(record: Record) -> Table:
+    table = _table("predicted and actual, ms")
+    table.add_column("", overflow="fold")
+    for name in ("predicted", "actual", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
-    for score in scores:
-        star = " *" if score["node_id"] == choice[f"{leg}_node"] else ""
-        table.add_row(score["node_id"] + star, *(_ms(score[term]) for term in terms), str(score["hit_blocks"]))
+    terms = record["terms"]
+    choice = _judged(record)
+    words = {
+        "before_s": "before: tokenising, waiting to be placed",
+        "queue_s": "queue: others' prompts, and the network",
+        "fetch_s": _fetch_words(choice["prefill"]),
+        "prefill_s": f"prefill of {_new_tokens(record, choice)} tokens",
+        "ttft_s": "= time to first token",
+        "second_gap_s": "first to second token",
+        "handover_s": "  of it: the rest of the pull, joining",
+        "tbt_s": "gap between later tokens, mean",
+        "tbt_worst_s": "TBT: mean of the longest tenth of gaps",
+        "pull_s": "the pull: alone; with waiting for blocks",
+    }
+    for name, text in words.items():
+        predicted, actual = terms[name]["predicted_s"], terms[name]["actual_s"]
+        if name == "before_s":
+            predicted = None
+        if predicted is not None or actual is not None:
+            table.add_row(
+                text, _ms(predicted), _ms(actual), _difference(predicted, actual), end_section=name == "ttft_s"
+            )
     return table
 
 
-def _ttft(record: dict[str, Any]) -> str:
-    last = record["choices"][-1]
+def _judged(record: Record) -> Record:
+    """The choice that the terms are of."""
     done_s = record["prefill_done_s"]
-    actual = "none yet" if done_s is None else f"{_ms(done_s - last['at_s'])} ms"
-    return f"time to first token of attempt {last['number']}: predicted {_ms(last['ttft_s'])} ms, actual {actual}"
+    given = [c for c in record["choices"] if done_s is None or c["at_s"] <= done_s]
+    choice: Record = (given or record["choices"])[-1]
+    return choice
+
+
+def _fetch_words(prefill: Record) -> str:
+    if not prefill["fetch_blocks"]:
+        return "fetch of a cached prefix: none"
+    return f"fetch of {prefill['fetch_blocks']} cached blocks from {prefill['source']}"
+
+
+def _new_tokens(record: Record, choice: Record) -> str:
+    """What was computed, by the worker's word; before that, what is left of the prompt, as far as it is known."""
+    stats = record["stats"].get(f"{choice['number']}.prefill")
+    total = record["num_prompt_tokens"]
+    return f"{stats['computed_tokens']} of {total}" if stats else f"what is not cached of {total}"
+
+
+# ---- who would have had it ----
+
+
+def _verdicts(verdicts: Sequence[Record]) -> Table:
+    table = _table("admission: what every policy said")
+    for name in ("policy", "mode", "says"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("because", overflow="fold")
+    for verdict in verdicts:
+        says = "accept" if verdict["accept"] else "reject"
+        says += "" if verdict["stage"] == "arrival" else f" at {verdict['stage']}"
+        table.add_row(verdict["policy"], verdict["mode"], says, _because(verdict))
+    return table
+
+
+def _because(verdict: Record) -> str:
+    reason = verdict["reason"]
+    parts = ["probe: a guess, or an idle worker" if reason == "probe" else reason] if reason else []
+    if verdict["limit"]:
+        parts.append(f"{_value(verdict['predicted'], verdict)} of {_value(verdict['limit'], verdict)}")
+    else:
+        parts.append("no limit applies")
+    if verdict["retry_after_s"] is not None:
+        parts.append(f"retry in {verdict['retry_after_s']:.1f} s")
+    return "; ".join(parts)
+
+
+def _value(value: float, verdict: Record) -> str:
+    return f"{_ms(value)} ms" if verdict["unit"] == "s" else f"{value:,.0f} {verdict['unit']}"
+
+
+# ---- why there ----
+
+
+def _why(choice: Record) -> Iterator[Table]:
+    label = "rejected" if choice["cause"] == "rejected" else f"attempt {choice['number']} ({choice['cause']})"
+    yield _prefill_candidates(choice, label)
+    yield _decode_candidates(choice, label)
+
+
+def _prefill_candidates(choice: Record, label: str) -> Table:
+    table = _table(f"{label}: ms to first token, and blocks, by prefill worker{_shown(choice, 'prefill')}")
+    table.add_column("worker", overflow="fold")
+    for name in (*PREFILL_HEADS, "here", "fetched"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for score in choice["prefill_scores"]:
+        table.add_row(
+            _name(score, choice["prefill_node"]),
+            *(_ms(score[term]) for term in PREFILL_TERMS),
+            str(score["hit_blocks"]),
+            str(score["fetch_blocks"]),
+            _remarks(score),
+        )
+    return table
+
+
+def _decode_candidates(choice: Record, label: str) -> Table:
+    table = _table(f"{label}: load by decode worker, 1 is full{_shown(choice, 'decode')}")
+    table.add_column("worker", overflow="fold")
+    for name in ("load", "room", "TBT/SLO", "TBT ms", "stall ms", "here"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for score in choice["decode_scores"]:
+        table.add_row(
+            _name(score, choice["decode_node"]),
+            *(f"{score[name]:.3f}" for name in ("load", "room_load", "tbt_load")),
+            _ms(score["tbt_s"]),
+            _ms(score["stall_s"]),
+            str(score["hit_blocks"]),
+            _remarks(score),
+        )
+    return table
+
+
+def _shown(choice: Record, leg: str) -> str:
+    shown, count = len(choice[f"{leg}_scores"]), choice[f"{leg}_candidates"]
+    return "" if shown == count else f"; the best {shown} of {count}"
+
+
+def _name(score: Record, chosen: str) -> str:
+    return f"{score['node_id']} *" if score["node_id"] == chosen else str(score["node_id"])
+
+
+def _remarks(score: Record) -> str:
+    words = (["a guess"] if not score["in_range"] else []) + (["young"] if score["young"] else [])
+    return ", ".join(words)
+
+
+# ---- what happened ----
+
+
+def _steps(record: Record) -> Iterator[Text]:
+    steps = record["steps"]
+    for step in steps[:STEPS_SHOWN]:
+        yield Text(f"{step['at_s'] * MS:9,.1f} ms  #{step['number']} {step['what']} {step['node']}".rstrip())
+    if len(steps) > STEPS_SHOWN:
+        yield Text(f"… and {len(steps) - STEPS_SHOWN} more steps: --json shows them")
+
+
+# ---- cells ----
+
+
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
 
 
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:,.1f}"
+    return "-" if seconds is None else f"{seconds * MS:,.1f}"
+
+
+def _difference(predicted: float | None, actual: float | None) -> str:
+    return "" if predicted is None or actual is None else f"{(actual - predicted) * MS:+,.1f}"

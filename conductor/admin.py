@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +72,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             record = machine.explain(found[0])
         if record is None:
             raise NotFound(f"request {request.request_id!r}: unknown, or its record has been dropped for newer ones")
-        return admin_pb2.ExplainResponse(record_json=json.dumps(_plain(record.as_json())))
+        return admin_pb2.ExplainResponse(record_json=json.dumps(record.as_json()))
 
 
 def _node_status(node: NodeState) -> admin_pb2.NodeStatus:
@@ -88,18 +85,3 @@ def _node_status(node: NodeState) -> admin_pb2.NodeStatus:
         index_mode=node.index_mode.value,
         last_heard_s=node.last_heard_s,
     )
-
-
-def _plain(value: Any) -> Any:
-    """For JSON, which knows neither bytes nor infinity."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, enum.Enum):
-        return value.value
-    return None if isinstance(value, float) and not math.isfinite(value) else value

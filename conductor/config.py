@@ -25,6 +25,13 @@ class PlacementName(enum.StrEnum):
     RANDOM = "random"
 
 
+class Fit(enum.StrEnum):
+    """Where costs come from."""
+
+    ONLINE = "online"  # fitted to what workers measure, beginning with the prior
+    FROZEN = "frozen"  # the prior is a profile: believed as it stands; what is measured only shows how wrong it is
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConductorConfig:
     """Durations in seconds. Checked when built.
@@ -98,10 +105,16 @@ class ConductorConfig:
     record_candidates_max: int = 8
     """Best candidates kept in a record; their number is kept always."""
 
-    # ---- costs before anything was measured ----
+    record: str = ""
+    """A new file for every input of the machine, for `halfmoon replay`; empty: none. Its shell writes it."""
+    record_mib_max: int = 1024
+    """Of that file: there the recording ends, and says so."""
+
+    # ---- costs ----
     prior: CostPrior = field(default_factory=CostPrior)
     priors: Mapping[str, CostPrior] = field(default_factory=dict)
     """By role (prefill, decode, coupled), where their hardware differs; the others have `prior`."""
+    fit: Fit = Fit.ONLINE
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -60,7 +60,7 @@ class Desk:
         self.admission = admission
         self.view = ClusterView(config)
         self.index = PrefixIndex()
-        self.decisions = Decisions(config.records_max, config.record_candidates_max)
+        self.decisions = Decisions(config.records_max)
         self.requests: dict[RequestId, Request] = {}
         self.closing: dict[tuple[AttemptId, NodeId, Epoch], float] = {}
         self.seekers: dict[RequestId, None] = {}  # placed, but no decode worker had room: who has waited longest first
@@ -173,6 +173,8 @@ class Desk:
         self.waiting.discard(request.spec.request_id)
         self.decisions.end(request.spec.request_id, outcome, error, now_s - request.arrived_s)
         self.counters[f"requests_{outcome.value}"] += 1
+        if request.record.actuals_refused:
+            self.counters["actuals_refused"] += request.record.actuals_refused
 
     # ---- looking up ----
 

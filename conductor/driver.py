@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from conductor.actuals import Seen
 from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send
 from conductor.machine import ConductorMachine
 from core.messages import Command, NodeInfo, WorkerEvent
@@ -55,11 +56,11 @@ class Driver:
     def request(self, spec: RequestSpec) -> None:
         self._run(lambda now_s: self.machine.on_request(spec, now_s))
 
-    def cancel(self, request_id: RequestId, reason: str) -> None:
-        self._run(lambda now_s: self.machine.on_cancel(request_id, reason, now_s))
+    def cancel(self, request_id: RequestId, reason: str, *, seen: Seen | None = None) -> None:
+        self._run(lambda now_s: self.machine.on_cancel(request_id, reason, now_s, seen=seen))
 
-    def stream_finished(self, request_id: RequestId, *, stopped: bool) -> None:
-        self._run(lambda now_s: self.machine.on_stream_finished(request_id, now_s, stopped=stopped))
+    def stream_finished(self, request_id: RequestId, *, stopped: bool, seen: Seen | None = None) -> None:
+        self._run(lambda now_s: self.machine.on_stream_finished(request_id, now_s, stopped=stopped, seen=seen))
 
     def gap(self, request_id: RequestId, reason: str) -> None:
         self._run(lambda now_s: self.machine.on_gap(request_id, reason, now_s))

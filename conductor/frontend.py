@@ -213,7 +213,7 @@ class FrontEnd:
         request_id = session.spec.request_id
         session.finish(self._finished(session, ending, now_s), now_s)
         self._close(session, Outcome.FINISHED)
-        self._driver.stream_finished(request_id, stopped=ending.cut)
+        self._driver.stream_finished(request_id, stopped=ending.cut, seen=session.seen())
 
     def _finished(self, session: Session, ending: Ending, now_s: float) -> pb.Finished:
         summary = self._driver.machine.summary(session.spec.request_id)
@@ -269,7 +269,7 @@ class FrontEnd:
     def _abandon(self, session: Session, error: HalfmoonError, reason: str, *, drop: bool) -> None:
         request_id = session.spec.request_id
         self._fail(session, error, _outcome(error), drop=drop)
-        self._driver.cancel(request_id, reason)
+        self._driver.cancel(request_id, reason, seen=session.seen())
 
     def _fail(self, session: Session, error: HalfmoonError, outcome: Outcome, *, drop: bool) -> None:
         session.fail(error, self.clock(), drop=drop)

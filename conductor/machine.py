@@ -10,8 +10,9 @@ unknown or repeated is dropped and counted. Every wait of a request is a timer; 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from conductor.actuals import Seen
 from conductor.admission import Admission
 from conductor.admission_policies import admission_of
 from conductor.attempts import Phase, Request, Timer, awaits_tokens_of
@@ -108,21 +109,27 @@ class ConductorMachine:
             self._placer.place(request, now_s)
         return self._took(now_s)
 
-    def on_cancel(self, request_id: RequestId, reason: str, now_s: float) -> list[Effect]:
+    def on_cancel(self, request_id: RequestId, reason: str, now_s: float, *, seen: Seen | None = None) -> list[Effect]:
         """The front end has ended the request: client gone, deadline, or somebody's word."""
         request = self._desk.requests.get(request_id)
         if request is not None:
+            _keep(request, seen)
             self._desk.forget(request, Outcome.CANCELLED, reason, now_s)
         return self._took(now_s)
 
-    def on_stream_finished(self, request_id: RequestId, now_s: float, *, stopped: bool = False) -> list[Effect]:
+    def on_stream_finished(
+        self, request_id: RequestId, now_s: float, *, stopped: bool = False, seen: Seen | None = None
+    ) -> list[Effect]:
         """The front end has the last token, or matched a stop string.
 
         Args:
             stopped: the workers do not know that the output ends here: they are told at once. Otherwise they are
                 given a moment to say themselves that they have ended.
+            seen: its times at the front end, for the decision record.
         """
         desk, request = self._desk, self._desk.requests.get(request_id)
+        if request is not None:
+            _keep(request, seen)
         if request is not None and (request.attempt is None or request.phase is Phase.FINISHING or stopped):
             desk.forget(request, Outcome.FINISHED, "", now_s)
         elif request is not None:
@@ -199,6 +206,11 @@ class ConductorMachine:
     def counters(self) -> Counter[str]:
         return self._desk.counters
 
+    @property
+    def policy_name(self) -> str:
+        """The placement policy's."""
+        return self._desk.policy.name
+
     def summary(self, request_id: RequestId) -> RequestSummary:
         """Of an open or a recently ended request; with zero attempts if there is no such request."""
         record = self._desk.decisions.get(request_id)
@@ -208,6 +220,10 @@ class ConductorMachine:
 
     def explain(self, request_id: RequestId) -> DecisionRecord | None:
         return self._desk.decisions.get(request_id)
+
+    def tell_records(self, on_end: Callable[[DecisionRecord], None]) -> None:
+        """Let `on_end` have each record that is complete from now on, in the middle of a call: to put away only."""
+        self._desk.decisions.on_end = on_end
 
     def ids_beginning(self, prefix: str) -> list[RequestId]:
         """Of requests that have a record."""
@@ -302,6 +318,11 @@ class ConductorMachine:
             self._placer.place_deferred(now_s)
         effects, self._desk.out = self._desk.out, []
         return effects
+
+
+def _keep(request: Request, seen: Seen | None) -> None:
+    if seen is not None and not request.stream_finished:
+        request.record.keep_seen(seen)
 
 
 def _complete(request: Request) -> bool:

@@ -173,6 +173,7 @@ class Placement:
     Args:
         prefill_candidates, decode_candidates: how many there were.
         handover_s: what the pull is predicted to take beyond the first token; 0 on a coupled worker.
+        pull_s: what it would take alone.
         capped: a worker would have promised an earlier first token, had it been allowed one more copy of a prefix.
     """
 
@@ -182,6 +183,7 @@ class Placement:
     prefill_candidates: int = 1
     decode_candidates: int = 1
     handover_s: float = 0.0
+    pull_s: float = 0.0
     capped: bool = False
 
     @property
@@ -228,6 +230,7 @@ def place(
         prefill_candidates=len(bids),
         decode_candidates=len(decodes),
         handover_s=handover_s,
+        pull_s=pricing.pull_s(prefill, decode),
         capped=any((*order(bid)[:2], bid.uncapped_s) < best for bid in bids if bid.uncapped_s < inf),
     )
 

@@ -271,6 +271,13 @@ class Pricing:
         behind_s = cost.transfer_seconds(num_bytes + sending_bytes, source) if sending_bytes else alone_s
         return max(0.0, alone_s - prefill.prefill_s, behind_s - prefill.ttft_s)
 
+    def pull_s(self, prefill: PrefillBid, decode: DecodeBid) -> float:
+        """What that pull takes alone, its blocks being there already."""
+        if prefill.worker is decode.worker:
+            return 0.0
+        num_bytes = (self.query.blocks_prefill - decode.hit_blocks) * self.query.block_bytes
+        return decode.worker.cost.transfer_seconds(num_bytes, prefill.worker.node_id)
+
     # ---- how sure a bid is ----
 
     def prefill_score(self, bid: PrefillBid) -> PrefillScore:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from conductor.actuals import Seen, seen_of
 from conductor.effects import RequestSpec
 from conductor.stop_strings import StopMatcher
 from conductor.streams import StreamLog, Verdict
@@ -54,7 +55,7 @@ class Session:
         self.arrived_s = arrived_s
         self.tokenized_s = now_s
         self.deadline_at_s = deadline_at_s
-        self.first_token_s: float | None = None
+        self.tokens_s: list[float] = []  # when each token could be shown
         self.taken_s = now_s  # since when the reader could have taken the first event in the outbox
         self.error: HalfmoonError | None = None
         self.ended_s: float | None = None
@@ -67,6 +68,10 @@ class Session:
     def is_open(self) -> bool:
         return self.ended_s is None
 
+    @property
+    def first_token_s(self) -> float | None:
+        return self.tokens_s[0] if self.tokens_s else None
+
     def offer(self, token: Token, now_s: float) -> tuple[Verdict, Ending | None]:
         """Take one token from a worker; what became certain goes to the outbox. Modifies self.
 
@@ -75,7 +80,7 @@ class Session:
         self._may_be_read(now_s)
         verdict, appended = self.log.offer(token, now_s)
         for accepted in appended:
-            self.first_token_s = now_s if self.first_token_s is None else self.first_token_s
+            self.tokens_s.append(now_s)
             ending = self._show(accepted)
             if ending is not None:
                 self.log.cut(accepted.index + 1)
@@ -109,6 +114,10 @@ class Session:
         """What is appended now: a reader that found nothing until now has not been slow."""
         if not self.outbox:
             self.taken_s = now_s
+
+    def seen(self) -> Seen:
+        """Its times so far, for the decision record."""
+        return seen_of(self.tokens_s, arrived_s=self.arrived_s, tokenized_s=self.tokenized_s)
 
     def _end(self, now_s: float) -> None:
         assert self.ended_s is None, f"{self.spec.request_id}: a second terminal event"

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from conductor.config import ConductorConfig
+from conductor.config import ConductorConfig, Fit
 from core.cost import CostPrior, WorkerCost
 from core.fit import Residual
 from core.messages import LoadReport, NodeInfo
@@ -293,7 +293,11 @@ class ClusterView:
         assert info.node_id not in self._workers, f"{info.node_id} joins twice"
         model = self._models.pop(info.node_id, None)
         if model is None:
-            model = WorkerCost(self._prior(info.role), tokens_per_pass_max=max(1, info.tokens_per_pass_max))
+            model = WorkerCost(
+                self._prior(info.role),
+                tokens_per_pass_max=max(1, info.tokens_per_pass_max),
+                frozen=self._config.fit is Fit.FROZEN,
+            )
         worker = self._workers[info.node_id] = Worker(info, model, now_s)
         return worker
 

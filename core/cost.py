@@ -72,8 +72,8 @@ class CostPrior:
 
 
 class _TransferFit:
-    def __init__(self, prior: Sequence[float]) -> None:
-        self.fit = LinearFit(prior)
+    def __init__(self, prior: Sequence[float], *, frozen: bool) -> None:
+        self.fit = LinearFit(prior, frozen=frozen)
         self.span = Span()
 
     def observe(self, num_bytes: int, seconds: float) -> None:
@@ -81,7 +81,8 @@ class _TransferFit:
             self.span.see(num_bytes)
 
     def confident(self, num_bytes: float) -> bool:
-        return self.span.holds(num_bytes) and self.fit.trusted((1.0, float(num_bytes)))
+        in_range = self.fit.frozen or self.span.holds(num_bytes)
+        return in_range and self.fit.trusted((1.0, float(num_bytes)))
 
 
 class WorkerCost:
@@ -90,15 +91,17 @@ class WorkerCost:
     Args:
         prior: believed until enough was measured.
         tokens_per_pass_max: a longer prefill is cut into passes of at most this many tokens.
+        frozen: the prior is a profile, believed everywhere and for good; samples only show how wrong it is.
     """
 
-    def __init__(self, prior: CostPrior, *, tokens_per_pass_max: int) -> None:
+    def __init__(self, prior: CostPrior, *, tokens_per_pass_max: int, frozen: bool = False) -> None:
         assert tokens_per_pass_max > 0
         self._prior = prior
         self._pass_max = tokens_per_pass_max
-        self._prefill = LinearFit(prior.prefill)
-        self._decode = LinearFit(prior.decode)
-        self._transfer = _TransferFit(prior.transfer)
+        self._frozen = frozen
+        self._prefill = LinearFit(prior.prefill, frozen=frozen)
+        self._decode = LinearFit(prior.decode, frozen=frozen)
+        self._transfer = _TransferFit(prior.transfer, frozen=frozen)
         self._by_source: dict[str, _TransferFit] = {}
         self._new, self._depth = Span(), Span()
         self._batch, self._kv_tokens = Span(), Span()
@@ -122,7 +125,7 @@ class WorkerCost:
             return True
         chunk = min(new, self._pass_max)
         depth = context + new - 0.5 * chunk  # of the last pass, the deepest
-        in_range = self._new.holds(chunk) and self._depth.holds(depth)
+        in_range = self._frozen or (self._new.holds(chunk) and self._depth.holds(depth))
         return in_range and self._prefill.trusted((1.0, float(chunk), chunk * depth))
 
     def decode_step_s(self, batch: int, kv_tokens: int) -> Estimate:
@@ -138,7 +141,7 @@ class WorkerCost:
     def decode_known(self, batch: int, kv_tokens: int) -> bool:
         if batch <= 0:
             return True
-        in_range = self._batch.holds(batch) and self._kv_tokens.holds(kv_tokens)
+        in_range = self._frozen or (self._batch.holds(batch) and self._kv_tokens.holds(kv_tokens))
         return in_range and self._decode.trusted((1.0, float(batch), float(kv_tokens)))
 
     def transfer_s(self, num_bytes: float, source: str = "") -> Estimate:
@@ -190,7 +193,7 @@ class WorkerCost:
         self._transfer.observe(sample.num_bytes or -1, sample.seconds)
         own = self._by_source.get(sample.source)
         if own is None and len(self._by_source) < SOURCES_MAX:
-            own = self._by_source[sample.source] = _TransferFit(self._prior.transfer)
+            own = self._by_source[sample.source] = _TransferFit(self._prior.transfer, frozen=self._frozen)
         if own is not None:
             own.observe(sample.num_bytes or -1, sample.seconds)
 

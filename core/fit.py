@@ -146,10 +146,11 @@ class LinearFit:
         sum over cells of weight * (prediction / seconds - 1)**2  +  PRIOR_WEIGHT * sum((coefficient / prior - 1)**2)
 
     and is solved anew from the cells each time: nothing accumulates, so neither rounding nor variance can wind up.
-    The first feature is the constant.
+    The first feature is the constant. A `frozen` one keeps the prior, trusts it, and only books residuals.
     """
 
-    def __init__(self, prior: Sequence[float]) -> None:
+    def __init__(self, prior: Sequence[float], *, frozen: bool = False) -> None:
+        self.frozen = frozen
         self._prior = tuple(prior)
         self._cells: dict[tuple[int, ...], Cell] = {}
         self._bias = 0.0
@@ -183,6 +184,8 @@ class LinearFit:
         predicted = sum([c * x for c, x in zip(self._coefficients, features, strict=True)])
         self._book_residual(cell, predicted, seconds)
         self.samples += 1
+        if self.frozen:
+            return True
         cell.seen_at = self.samples
         self._unsolved += 1
         if self._strayed(cell, key, features, seconds):
@@ -196,6 +199,8 @@ class LinearFit:
 
     def trusted(self, features: Sequence[float]) -> bool:
         """Whether enough was measured, and what was measured lately, above all near `features`, was as predicted."""
+        if self.frozen:
+            return True
         if self.samples < SAMPLES_MIN or self._doubt > DOUBT_MAX:
             return False
         cell = self._cells.get(_key(features))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from conductor.actuals import Seen, seen_of
 from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send
 from conductor.machine import ConductorMachine
 from core.messages import Command, Snapshot, Token, WorkerEvent
@@ -119,7 +120,7 @@ class Cluster:
         if self.clients.open.get(request_id) is client:
             self.settle()
             self._end(client, Outcome.CANCELLED, None)
-            self._perform(self.machine.on_cancel(request_id, reason, self.world.now_s))
+            self._perform(self.machine.on_cancel(request_id, reason, self.world.now_s, seen=_seen(client)))
 
     @property
     def at_rest(self) -> bool:
@@ -284,7 +285,8 @@ class Cluster:
 
     def _finished(self, client: Client) -> None:
         self._end(client, Outcome.FINISHED, None)
-        self._perform(self.machine.on_stream_finished(client.spec.request_id, self.world.now_s))
+        request_id, now_s = client.spec.request_id, self.world.now_s
+        self._perform(self.machine.on_stream_finished(request_id, now_s, seen=_seen(client)))
 
     def _end(self, client: Client, outcome: Outcome, error: HalfmoonError | None) -> None:
         """The request's one terminal event."""
@@ -349,3 +351,7 @@ class Cluster:
     def _command(self, link: Link, generation: int, command: Command) -> None:
         if generation == link.generation and link.node.alive:
             link.node.command(command)
+
+
+def _seen(client: Client) -> Seen:
+    return seen_of(client.tokens_s, arrived_s=client.arrived_s, tokenized_s=client.arrived_s)

@@ -12,6 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from conductor.actuals import Seen
 from conductor.admission_config import AdmissionConfig, Mode, Reserve
 from conductor.admission_policies import admission_named
 from conductor.attempts import Phase, Timer
@@ -53,6 +54,7 @@ SECONDS = st.sampled_from([0.0, 0.1, 0.3, 1.0, 3.0, 11.0, 40.0, 130.0])
 ATTEMPTS = st.builds(AttemptId, st.sampled_from([RequestId(n) for n in (*NAMES, "x")]), st.integers(1, 6))
 HASHES = st.lists(st.sampled_from(chain(SHARED)), max_size=4, unique=True)
 ODD = st.sampled_from([0.1, 0.0, -1.0, float("nan"), float("inf")])
+ODD_SEEN = Seen(tokenize_s=float("nan"), ttft_s=-1.0, tbt_worst_s=float("inf"), tbt_mean_s=0.02)
 KINDS = ("ok", "refuse", "fail", "last", "silent")
 
 
@@ -305,7 +307,7 @@ class Conductor(RuleBasedStateMachine):
         if how == "cancel":
             effects = self.machine.on_cancel(request_id, "client gone", self.now_s)
         else:
-            effects = self.machine.on_stream_finished(request_id, self.now_s, stopped=how == "stop")
+            effects = self.machine.on_stream_finished(request_id, self.now_s, stopped=how == "stop", seen=ODD_SEEN)
         assert not any(isinstance(e, End | Resume) and e.request_id == request_id for e in effects)
         self._hear(effects)
 

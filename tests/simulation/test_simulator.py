@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -180,8 +181,8 @@ def test_a_new_conductor_serves_those_who_come_after() -> None:
 
 def test_a_broken_promise_says_how_to_see_it_again() -> None:
     class Twice(ConductorMachine):
-        def on_stream_finished(self, request_id: RequestId, now_s: float, *, stopped: bool = False) -> list[Effect]:
-            effects = super().on_stream_finished(request_id, now_s, stopped=stopped)
+        def on_stream_finished(self, request_id: RequestId, now_s: float, **told: Any) -> list[Effect]:
+            effects = super().on_stream_finished(request_id, now_s, **told)
             return [*effects, End(request_id=request_id, outcome=Outcome.FAILED, error=Failed("again"))]
 
     def conductor(*args: object) -> ConductorMachine:

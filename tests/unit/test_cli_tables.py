@@ -110,7 +110,7 @@ def test_a_decision_record_reads() -> None:
     record = play.machine.explain(RequestId("r"))
     assert record is not None
     text = shown(*explained(record.as_json()), width=80)
-    for words in ("r: running", "p0 *", "d0 *", "ttft ms", "actual none yet", "#1 reserve d0"):
+    for words in ("r: running", "p0 *", "d0 *", "= time to first token", "#1 reserve d0"):
         assert words in text, words
 
 

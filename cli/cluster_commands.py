@@ -26,7 +26,7 @@ from service.run import EXIT_HARD
 from service.settings import cache_directory, effective, gather, load, require_known
 
 PLACEMENTS = [name.value for name in PlacementName]
-IN_SECTION = {"placement": "conductor.placement"}
+IN_SECTION = {"placement": "conductor.placement", "record": "conductor.record"}
 """Flags whose settings stand deeper than their names say."""
 
 OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
@@ -49,6 +49,7 @@ OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
     click.option("--host", help="Address of the client and admin APIs."),
     click.option("--port", type=int, help="Client API."),
     click.option("--admin-port", type=int, help="Admin API."),
+    click.option("--record", help="Record the conductor's inputs in this file, for `replay`."),
     click.option("--directory", help="Sockets, configs and logs; one cluster a directory."),
 )
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from cli.client_commands import chat, drain, explain, generate, status, undrain
 from cli.cluster_commands import config, demo, up
+from cli.replay_commands import replay
 from cli.tables import make_console
 from halfmoon.errors import HalfmoonError
 from service.run import EXIT_HARD
@@ -47,7 +48,7 @@ def main() -> None:
     """Halfmoon: disaggregated prefill/decode LLM serving. Start with `halfmoon up`, then `halfmoon chat`."""
 
 
-for command in (up, demo, config, chat, generate, status, explain, drain, undrain):
+for command in (up, demo, config, chat, generate, status, explain, replay, drain, undrain):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from conductor.config import ConductorConfig
+from conductor.settings import RecordsConfig
+from core.plain import plain
 from halfmoon.errors import ConfigError
 from halfmoon.types import Role
 
@@ -35,6 +36,7 @@ class ClusterConfig:
         conductor: how requests are judged and placed: the settings of its machine.
         cost_profile: a YAML file in which what workers cost is kept over restarts; empty: nowhere.
         redis: URL of a Redis or Valkey to use; empty starts a private Valkey on a unix socket.
+        records: where decision records go.
     """
 
     model: str = "smollm2-135m-instruct"
@@ -61,6 +63,7 @@ class ClusterConfig:
     start_s_max: float = 300.0
     drain_s: float = 30.0
     conductor: ConductorConfig = field(default_factory=ConductorConfig)
+    records: RecordsConfig = field(default_factory=RecordsConfig)
 
     def __post_init__(self) -> None:
         _require(self.prefill >= 0, "prefill", self.prefill, "0 or more")
@@ -150,19 +153,8 @@ def conductor_spec(config: ClusterConfig, registry: str) -> ProcessSpec:
         "drain_s": config.drain_s,
         "cost_profile": config.cost_profile,
     }
-    conductor = {f.name: _plain(getattr(config.conductor, f.name)) for f in fields(config.conductor)}
-    return ProcessSpec(name="conductor", module="conductor.server", settings={"server": server, "conductor": conductor})
-
-
-def _plain(value: object) -> object:
-    """A setting as YAML has it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.value if isinstance(value, enum.Enum) else value
+    settings = {"server": server, "records": plain(config.records), "conductor": plain(config.conductor)}
+    return ProcessSpec(name="conductor", module="conductor.server", settings=settings)
 
 
 def _shared(config: ClusterConfig) -> dict[str, object]:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc.aio
@@ -32,6 +33,7 @@ from conductor.config import ConductorConfig
 from conductor.cost_profile import with_profile, write_profile
 from conductor.desk import Layout
 from conductor.driver import Driver
+from conductor.export import MIB, RecordExport
 from conductor.frontend import FrontEnd
 from conductor.frontend_metrics import Costs, Events, FrontEndMetrics, Pools
 from conductor.inference import InferenceService, Tokenizer
@@ -39,7 +41,9 @@ from conductor.lease import Lease
 from conductor.machine import ConductorMachine
 from conductor.nodes import Nodes
 from conductor.readiness import Readiness
-from conductor.settings import FrontEndConfig, NodesConfig, ServerConfig
+from conductor.recording import ending_line
+from conductor.settings import FrontEndConfig, NodesConfig, RecordsConfig, ServerConfig
+from conductor.taped import TapedMachine
 from conductor.validation import ServedModel
 from engine.load import describe_model, load_tokenizer
 from engine.protocol import ModelInfo
@@ -47,9 +51,12 @@ from halfmoon.errors import ConfigError
 from halfmoon.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc
 from service import logs, settings
 from service.channel import CLIENT_MESSAGE_BYTES_MAX, bind, is_local, make_server
+from service.lines import LineWriter
 from service.metrics import Metrics
 from service.registry import Registry
 from service.run import Stop, run
+
+log = logging.getLogger("conductor.server")
 
 DRAIN_POLL_S = 0.05
 CLOSE_S = 2.0  # for streams to take their terminal event after the drain
@@ -65,19 +72,21 @@ class Settings:
     server: ServerConfig
     front_end: FrontEndConfig
     nodes: NodesConfig
+    records: RecordsConfig
     conductor: ConductorConfig
 
 
 def load_settings(path: Path | None) -> Settings:
     """Raises: ConfigError."""
     tree = settings.gather(path)
-    settings.require_known(tree, ("server", "front_end", "nodes", "conductor"))
+    settings.require_known(tree, ("server", "front_end", "nodes", "records", "conductor"))
     server = settings.load(ServerConfig, tree.get("server") or {}, path="server")
     conductor = settings.load(ConductorConfig, tree.get("conductor") or {}, path="conductor")
     return Settings(
         server=server,
         front_end=settings.load(FrontEndConfig, tree.get("front_end") or {}, path="front_end"),
         nodes=settings.load(NodesConfig, tree.get("nodes") or {}, path="nodes"),
+        records=settings.load(RecordsConfig, tree.get("records") or {}, path="records"),
         conductor=with_profile(conductor, Path(server.cost_profile)) if server.cost_profile else conductor,
     )
 
@@ -96,7 +105,11 @@ class ConductorProcess:
         self.metrics = Metrics()
         self.registry = Registry(server.registry, cluster=server.cluster)
         self.lease = Lease(self.registry, conductor_id)
-        self.driver = Driver(_machine(config.conductor, model, conductor_id), clock)
+        self.tape = _tape(config.conductor)
+        self.driver = Driver(_machine(config.conductor, model, conductor_id, self.tape), clock)
+        self.export = RecordExport(config.records, self.registry)
+        if self.export.wanted:
+            self.driver.machine.tell_records(self.export.offer)
         front_end_id = f"{conductor_id}/{secrets.token_hex(4)}"
         self.front_end = FrontEnd(
             driver=self.driver,
@@ -153,6 +166,7 @@ class ConductorProcess:
             self._tasks.append(stop.spawn_essential(self.nodes.run(self.registry.watch()), name="nodes"))
             self._tasks.append(stop.spawn_essential(self._tick(), name="tick"))
             self._tasks.append(stop.spawn_essential(self.readiness.run(), name="readiness"))
+            self._tasks.append(stop.spawn_essential(self.export.run(), name="export"))
             _say(f"serving {self.addresses}")
             await stop.wait()
             await self._drain()
@@ -211,11 +225,12 @@ class ConductorProcess:
             term=self.lease.term,
             ready=self.readiness.ready,
             registry_reachable=self.registry.reachable,
-            counters={**self.front_end.metrics.counters, **self.nodes.counters},
+            counters={**self.front_end.metrics.counters, **self.nodes.counters, **self.export.counters},
         )
 
     def _counters(self) -> dict[str, int]:
-        return {**self.driver.machine.counters, **self.front_end.metrics.counters, **self.nodes.counters}
+        own = {**self.front_end.metrics.counters, **self.nodes.counters, **self.export.counters}
+        return {**self.driver.machine.counters, **own}
 
     async def _tick(self) -> None:
         while True:
@@ -251,7 +266,15 @@ class ConductorProcess:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.inference.close()
         self._close_metrics()
+        self.export.close()
+        self._close_tape()
         await self.registry.close()
+
+    def _close_tape(self) -> None:
+        machine = self.driver.machine
+        if self.tape is not None and isinstance(machine, TapedMachine):
+            machine.end_recording("the conductor stopped")
+            self.tape.close()
 
 
 async def serve(config: Settings, stop: Stop) -> None:
@@ -278,9 +301,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(partial(serve, config), drain_s_max=config.server.drain_s + DRAIN_MARGIN_S)
 
 
-def _machine(config: ConductorConfig, model: ModelInfo, conductor_id: str) -> ConductorMachine:
+def _machine(config: ConductorConfig, model: ModelInfo, conductor_id: str, tape: LineWriter | None) -> ConductorMachine:
     layout = Layout(block_size=model.layout.block_size, block_bytes=model.layout.block_bytes)
-    return ConductorMachine(config=config, layout=layout, conductor_id=conductor_id, fingerprint=model.fingerprint)
+    if tape is None:
+        return ConductorMachine(config=config, layout=layout, conductor_id=conductor_id, fingerprint=model.fingerprint)
+    return TapedMachine(
+        write=tape.offer,
+        version=version("halfmoon-server"),
+        config=config,
+        layout=layout,
+        conductor_id=conductor_id,
+        fingerprint=model.fingerprint,
+    )
+
+
+def _tape(config: ConductorConfig) -> LineWriter | None:
+    """The file of the machine's inputs, if one is wanted. Raises: ConfigError: it cannot be made."""
+    if not config.record:
+        return None
+    tape = LineWriter(
+        Path(config.record),
+        bytes_max=config.record_mib_max * MIB,
+        fresh=True,
+        farewell=lambda why, lines: ending_line(why, lines - 1),
+    )
+    log.info("recording the machine's inputs in %s", tape.path)
+    return tape
 
 
 def _served(model: ModelInfo, tokenizer: Tokenizer) -> ServedModel:

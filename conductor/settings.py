@@ -1,6 +1,6 @@
 """Pure: the settings of a conductor process around its machine (whose own are conductor/config.py's).
 
-A file has four sections: `server`, `front_end`, `nodes` (here) and `conductor` (the machine).
+A file has five sections: `server`, `front_end`, `nodes`, `records` (here) and `conductor` (the machine).
 """
 
 from __future__ import annotations
@@ -95,6 +95,31 @@ class NodesConfig:
 
     def __post_init__(self) -> None:
         _check_positive("nodes", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordsConfig:
+    """Where completed decision records go, beside the conductor's own memory. What cannot be taken is dropped, counted.
+
+    Args:
+        file: JSON Lines, one record a line; empty: none.
+        file_mib_max, files_max: at that size it becomes FILE.1, that one FILE.2, …: so many files in all.
+        stream: a Redis (Valkey) stream of the registry, halfmoon:<cluster>:stream:<stream>; empty: none.
+        stream_length_max: about so many of its last entries are kept.
+        waiting_max: records that may wait while the registry is slow or away.
+    """
+
+    file: str = ""
+    file_mib_max: int = 64
+    files_max: int = 4
+    stream: str = ""
+    stream_length_max: int = 10_000
+    waiting_max: int = 1024
+
+    def __post_init__(self) -> None:
+        _check_positive("records", self)
+        if self.files_max < 2:
+            raise ConfigError(key="records.files_max", value=self.files_max, expected="2 or more: one is written to")
 
 
 def _check_positive(section: str, config: Any) -> None:

@@ -9,6 +9,7 @@ HalfmoonError
 ├── NotFound              no such request, node or model
 ├── Failed                an accepted request that could not be completed in its tries
 ├── ConfigError           a setting: names the key, the value and what was expected
+├── RecordingError        a recorded run that cannot be read or replayed: names the line and why
 ├── CheckpointError       a model directory or file that cannot be used: names what and why
 ├── TraceError            a workload file that cannot be used: names file, line, field and what was expected
 ├── TransferError         blocks that did not arrive: names the transfer, the peer and the phase
@@ -118,6 +119,15 @@ class ConfigError(HalfmoonError):
         self.key = key
         self.value = value
         self.expected = expected
+
+
+class RecordingError(HalfmoonError):
+    status = StatusCode.FAILED_PRECONDITION
+
+    def __init__(self, *, line: int, why: str) -> None:
+        super().__init__(f"line {line}: {why}")
+        self.line = line
+        self.why = why
 
 
 class CheckpointError(HalfmoonError):

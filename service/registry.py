@@ -4,6 +4,7 @@
     halfmoon:<cluster>:info     hash, node id -> NodeInfo as JSON (protobuf's)
     halfmoon:<cluster>:lease:X  hash owner, term; ends with its time to live
     halfmoon:<cluster>:term:X   the last term given
+    halfmoon:<cluster>:stream:X decision records, exported: entries with one field, record
 
 Expiry is judged by the registry's clock alone, so that nodes' clocks need not agree. When the registry is away
 nothing ends: `reachable` says so, heartbeats and watchers go on trying, and heal by themselves.
@@ -94,6 +95,13 @@ _RENEW = """
 if redis.call('HGET', KEYS[1], 'owner') ~= ARGV[1] or redis.call('HGET', KEYS[1], 'term') ~= ARGV[2] then return 0 end
 if ARGV[3] == '0' then redis.call('DEL', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[3]) end
 return 1
+"""
+
+
+# KEYS stream; ARGV length_max, entries...: append, and let go of the oldest beyond about length_max.
+_APPEND = """
+for i = 2, #ARGV do redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[1], '*', 'record', ARGV[i]) end
+return #ARGV - 1
 """
 
 
@@ -229,6 +237,12 @@ class Registry:
     async def release_lease(self, name: str, owner: str, term: int) -> bool:
         """Give the lease up; False: it was not ours."""
         return bool(await self._run(_RENEW, (f"lease:{name}",), (owner, term, 0)))
+
+    # ---- exports ----
+
+    async def append(self, stream: str, entries: Sequence[str], length_max: int) -> None:
+        """Add to a stream that keeps about its last `length_max` entries."""
+        await self._run(_APPEND, (f"stream:{stream}",), (length_max, *entries))
 
     # ---- calls ----
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from cli.judged import judged
 from cli.tables import make_console
-from conductor.replay import Difference, Replayed
+from conductor.counterfactual import counterfactual as counterfactual_of
+from conductor.past import gather
+from conductor.recording import read
+from conductor.replay import Difference, Replayed, machine_of, rejudged
 from conductor.replay import replay as replayed_from
 from halfmoon.errors import RecordingError
 
@@ -19,12 +24,23 @@ EFFECTS_SHOWN = 8
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def replay(file: Path) -> None:
+@click.option("--counterfactual", is_flag=True, help="Judge its verdicts and predictions by what happened.")
+@click.option("--policy", "policies", multiple=True, help="With --counterfactual: this admission policy; repeated.")
+def replay(file: Path, counterfactual: bool, policies: tuple[str, ...]) -> None:
     """Feed a recorded run's inputs to a fresh conductor, and say whether it decides the same, bit by bit.
 
     FILE is what `halfmoon up --record FILE` wrote. Exit code 1: a decision differs.
     """
+    if policies and not counterfactual:
+        raise click.UsageError("--policy goes with --counterfactual")
     console = make_console()
+    if counterfactual:
+        run = gather(read(lines_of(file)))
+        known = {verdict.policy for past in run.pasts for verdict in past.verdicts}
+        if missing := [name for name in policies if name not in known]:
+            run = gather(rejudged(lines_of(file), partial(machine_of, shadows=missing)))
+        console.print(*judged(counterfactual_of(run, policies)), sep="\n")
+        return
     result = replayed_from(lines_of(file))
     _say_run(console, file, result)
     if result.difference is None:

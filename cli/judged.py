@@ -1,0 +1,104 @@
+"""Shell: a run judged anew, as tables that a person reads at 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from conductor.blame import Blame
+from conductor.counterfactual import Counterfactual, Judged
+
+FACTOR_WRONG = 2.0
+"""A term off by less is not called wrong: batching, waiting for links and messages come to as much."""
+
+
+def judged(result: Counterfactual) -> Iterator[Table | Text]:
+    """Verdicts by policy, how sure their truth is, errors by term, and the term to blame."""
+    yield _policies(result)
+    yield Text(_sureness(result))
+    yield _terms(result.blame)
+    yield Text(_worst(result.blame))
+
+
+def _policies(result: Counterfactual) -> Table:
+    table = _table(f"verdicts on {result.judged} requests, by what happened or would have")
+    for name in ("policy", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in ("accepted", "wrongly", "open", "rejected", "wrongly", "open"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in result.policies:
+        table.add_row(one.policy, one.mode, *_cells(one))
+    return table
+
+
+def _cells(one: Judged) -> tuple[str, ...]:
+    return (
+        str(one.accepted),
+        _share(one.false_acceptances, one.accepted - one.open_acceptances),
+        str(one.open_acceptances),
+        str(one.rejected),
+        _share(one.false_rejections, one.rejected - one.open_rejections),
+        str(one.open_rejections),
+    )
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} ({100 * count / total:.0f} %)" if total else str(count)
+
+
+def _sureness(result: Counterfactual) -> str:
+    sure = result.sureness
+    lines = [
+        "Wrongly accepted: missed a limit. Wrongly rejected: would have kept both, had it",
+        "alone been taken on in the recorded world. Open: too close to a limit to say, or",
+        "the client left.",
+    ]
+    if sure.checked:
+        lines += [
+            f"How sure: reckoned in the same way, {sure.right} of {sure.checked} requests that were served",
+            f"({100 * sure.right / sure.checked:.0f} %) come out as they did; 90 % of their TTFT within "
+            f"{sure.ttft_margin_s * 1e3:,.0f} ms, of their TBT",
+            f"within {sure.tbt_margin_s * 1e3:,.1f} ms.",
+        ]
+    else:
+        lines.append("How sure: not at all. No request was served by which it could be checked.")
+    if result.unjudged:
+        lines.append(f"{result.unjudged} requests ended before admission was asked (no place, no worker).")
+    return "\n".join(lines)
+
+
+def _terms(blame: Blame) -> Table:
+    table = _table("predictions of the requests that were served, by term")
+    table.add_column("term", no_wrap=True)
+    for name in ("samples", "predicted ms", "actual ms", "bias", "error", "net factor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in blame.terms:
+        factor = "-" if one.factor is None else f"{one.factor:.2f}"
+        table.add_row(
+            f"{one.term} *" if one.term == blame.worst else one.term,
+            str(one.samples),
+            f"{one.predicted_s * 1e3:,.1f}",
+            f"{one.actual_s * 1e3:,.1f}",
+            f"{one.bias:+.2f}",
+            f"{one.error:.2f}",
+            factor,
+        )
+    return table
+
+
+def _worst(blame: Blame) -> str:
+    """Bias and error relative to what it came to; the factor with the right inputs put in."""
+    if not blame.worst:
+        return "No term can be blamed: too few requests were served."
+    factor = next(one.factor for one in blame.terms if one.term == blame.worst)
+    assert factor is not None
+    if factor < FACTOR_WRONG:
+        return f"No term is to blame: net of what it inherits, the worst, {blame.worst}, is off by {factor:.2f} times."
+    return f"To blame: {blame.worst}, off by {factor:.1f} times, net of what it inherits from the others."
+
+
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))

@@ -129,7 +129,7 @@ def _because(verdict: Record) -> str:
     reason = verdict["reason"]
     parts = ["probe: a guess, or an idle worker" if reason == "probe" else reason] if reason else []
     if verdict["limit"]:
-        parts.append(f"{_value(verdict['predicted'], verdict)} of {_value(verdict['limit'], verdict)}")
+        parts.append(_against(verdict["predicted"], verdict["limit"], verdict["unit"]))
     else:
         parts.append("no limit applies")
     if verdict["retry_after_s"] is not None:
@@ -137,8 +137,10 @@ def _because(verdict: Record) -> str:
     return "; ".join(parts)
 
 
-def _value(value: float, verdict: Record) -> str:
-    return f"{_ms(value)} ms" if verdict["unit"] == "s" else f"{value:,.0f} {verdict['unit']}"
+def _against(predicted: float, limit: float, unit: str) -> str:
+    if unit == "s":
+        return f"predicted {_ms(predicted)}, limit {_ms(limit)} ms"
+    return f"predicted {predicted:,.0f}, limit {limit:,.0f} {unit}"
 
 
 # ---- why there ----

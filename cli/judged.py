@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import fill
 
 from rich import box
 from rich.table import Table
@@ -11,8 +12,16 @@ from rich.text import Text
 from conductor.blame import Blame
 from conductor.counterfactual import Counterfactual, Judged
 
+WIDTH = 80
+
 FACTOR_WRONG = 2.0
 """A term off by less is not called wrong: batching, waiting for links and messages come to as much."""
+
+KEY = fill(
+    "Bias: (actual - predicted) / actual, of the sums; error: the same of absolute differences. Net factor: too high "
+    "or too low, this many times, once the right inputs are put in.",
+    WIDTH,
+)
 
 
 def judged(result: Counterfactual) -> Iterator[Table | Text]:
@@ -20,7 +29,7 @@ def judged(result: Counterfactual) -> Iterator[Table | Text]:
     yield _policies(result)
     yield Text(_sureness(result))
     yield _terms(result.blame)
-    yield Text(_worst(result.blame))
+    yield Text(f"{KEY}\n{_worst(result.blame)}")
 
 
 def _policies(result: Counterfactual) -> Table:
@@ -51,23 +60,21 @@ def _share(count: int, total: int) -> str:
 
 def _sureness(result: Counterfactual) -> str:
     sure = result.sureness
-    lines = [
-        "Wrongly accepted: missed a limit. Wrongly rejected: would have kept both, had it",
-        "alone been taken on in the recorded world. Open: too close to a limit to say, or",
-        "the client left.",
+    said = [
+        "Wrongly accepted: missed a limit. Wrongly rejected: would have kept both, had it alone been taken on in the "
+        "recorded world. Open: too close to a limit to say, or the client left."
     ]
     if sure.checked:
-        lines += [
-            f"How sure: reckoned in the same way, {sure.right} of {sure.checked} requests that were served",
+        said.append(
+            f"How sure: reckoned in the same way, {sure.right} of {sure.checked} requests that were served "
             f"({100 * sure.right / sure.checked:.0f} %) come out as they did; 90 % of their TTFT within "
-            f"{sure.ttft_margin_s * 1e3:,.0f} ms, of their TBT",
-            f"within {sure.tbt_margin_s * 1e3:,.1f} ms.",
-        ]
+            f"{sure.ttft_margin_s * 1e3:,.0f} ms, of their TBT within {sure.tbt_margin_s * 1e3:,.1f} ms."
+        )
     else:
-        lines.append("How sure: not at all. No request was served by which it could be checked.")
+        said.append("How sure: not at all. No request was served by which it could be checked.")
     if result.unjudged:
-        lines.append(f"{result.unjudged} requests ended before admission was asked (no place, no worker).")
-    return "\n".join(lines)
+        said.append(f"{result.unjudged} requests ended before admission was asked (no place, no worker).")
+    return "\n".join(fill(one, WIDTH) for one in said) + "\n"
 
 
 def _terms(blame: Blame) -> Table:
@@ -90,7 +97,6 @@ def _terms(blame: Blame) -> Table:
 
 
 def _worst(blame: Blame) -> str:
-    """Bias and error relative to what it came to; the factor with the right inputs put in."""
     if not blame.worst:
         return "No term can be blamed: too few requests were served."
     factor = next(one.factor for one in blame.terms if one.term == blame.worst)

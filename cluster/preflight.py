@@ -27,6 +27,7 @@ def preflight(config: ClusterConfig) -> None:
     for port in (config.port, config.admin_port):
         if port:
             require_bindable(f"{config.host}:{port}")
+    _check_files(config)
     _check_cores(config.threads, len(os.sched_getaffinity(0)))
     _check_devices(config, gpus_seen())
     geometry = check_model(config.model, dtype=config.dtype, block_size=config.block_size)
@@ -36,6 +37,17 @@ def preflight(config: ClusterConfig) -> None:
 def gpus_seen(root: Path = Path("/")) -> bool:
     """Whether this host shows any NVIDIA GPU: without torch, so neither which nor how many this process may use."""
     return any((root / "dev").glob("nvidia[0-9]*")) or (root / "dev" / "dxg").exists()
+
+
+def _check_files(config: ClusterConfig) -> None:
+    """Those that are written while it serves, where they are wanted."""
+    for key, file in (("conductor.record", config.conductor.record), ("records.file", config.records.file)):
+        folder = Path(file).parent
+        if file and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            expected = f"a file that can be made: {folder} is no folder that may be written to"
+            raise ConfigError(key=f"cluster.{key}", value=file, expected=expected)
+        if file and Path(file).is_dir():
+            raise ConfigError(key=f"cluster.{key}", value=file, expected="a file; this is a folder")
 
 
 def _check_cores(threads: int, cores: int) -> None:

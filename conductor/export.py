@@ -37,7 +37,9 @@ class RecordExport:
         self._file: LineWriter | None = None
         if config.file:
             size = config.file_mib_max * MIB
-            self._file = LineWriter(Path(config.file), bytes_max=size, files_max=config.files_max)
+            self._file = LineWriter(
+                Path(config.file), bytes_max=size, files_max=config.files_max, setting="records.file"
+            )
         self._waiting: deque[str] = deque()
         self._more = asyncio.Event()
         self._counts: Counter[str] = Counter()

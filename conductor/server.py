@@ -56,8 +56,6 @@ from service.metrics import Metrics
 from service.registry import Registry
 from service.run import Stop, run
 
-log = logging.getLogger("conductor.server")
-
 DRAIN_POLL_S = 0.05
 CLOSE_S = 2.0  # for streams to take their terminal event after the drain
 DRAIN_MARGIN_S = 15.0  # beyond `drain_s`: closing ports, streams and links
@@ -323,9 +321,10 @@ def _tape(config: ConductorConfig) -> LineWriter | None:
         Path(config.record),
         bytes_max=config.record_mib_max * MIB,
         fresh=True,
+        setting="conductor.record",
         farewell=lambda why, lines: ending_line(why, lines - 1),
     )
-    log.info("recording the machine's inputs in %s", tape.path)
+    _say(f"recording {tape.path}")
     return tape
 
 

@@ -30,6 +30,7 @@ class LineWriter:
 
     Args:
         fresh: never touch a file that is there: the next free name (run.jsonl, run.2.jsonl, …) is taken.
+        setting: that names the path, for the error.
         farewell: of (why, lines before it): the last line of a recording that ends early.
 
     Attributes:
@@ -48,6 +49,7 @@ class LineWriter:
         files_max: int = 1,
         waiting_max: int = WAITING_MAX,
         fresh: bool = False,
+        setting: str = "file",
         farewell: Callable[[str, int], str] | None = None,
     ) -> None:
         self.path = path
@@ -62,7 +64,7 @@ class LineWriter:
             self._file = self._create() if fresh else _opened(path)
         except OSError as error:
             expected = f"a file that can be written ({error.strerror or error})"
-            raise ConfigError(key="file", value=str(path), expected=expected) from error
+            raise ConfigError(key=setting, value=str(path), expected=expected) from error
         self._size = self._file.tell()
         self._torn = False  # the last line may be there in part
         self._thread = threading.Thread(target=self._run, name=f"lines {path.name}", daemon=True)

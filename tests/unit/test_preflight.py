@@ -16,6 +16,8 @@ import pytest
 from cluster import preflight as module
 from cluster.plan import ClusterConfig
 from cluster.preflight import gpus_seen, preflight
+from conductor.config import ConductorConfig
+from conductor.settings import RecordsConfig
 from engine.preflight import check_model
 from halfmoon.errors import CheckpointError, ConfigError, Conflict
 from tests.tiny_models import saved, tiny_model
@@ -160,6 +162,15 @@ def test_what_this_host_cannot_fulfil_is_named_with_its_limit(
         preflight(fake(**settings))
     assert refusal.value.key == key
     assert refusal.value.expected.startswith(expected)
+
+
+def test_files_that_could_not_be_written_are_named_by_their_setting(tmp_path: Path) -> None:
+    away = str(tmp_path / "no" / "run.jsonl")
+    with pytest.raises(ConfigError, match=r"cluster\.conductor\.record: got '.*'; expected a file that can be made: "):
+        preflight(fake(conductor=ConductorConfig(record=away)))
+    with pytest.raises(ConfigError, match=r"cluster\.records\.file: got '.*'; expected a file; this is a folder"):
+        preflight(fake(records=RecordsConfig(file=str(tmp_path))))
+    preflight(fake(conductor=ConductorConfig(record=str(tmp_path / "run.jsonl"))))
 
 
 def test_a_host_shows_its_gpus_as_devices(tmp_path: Path) -> None:

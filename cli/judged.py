@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from cli.tables import counted
 from conductor.blame import Blame
 from conductor.counterfactual import Counterfactual, Judged
 
@@ -33,7 +34,7 @@ def judged(result: Counterfactual) -> Iterator[Table | Text]:
 
 
 def _policies(result: Counterfactual) -> Table:
-    table = _table(f"verdicts on {result.judged} requests, by what happened or would have")
+    table = _table(f"verdicts on {counted(result.judged, 'request')}, by what happened or would have")
     for name in ("policy", "mode"):
         table.add_column(name, no_wrap=True)
     for name in ("accepted", "wrongly", "open", "rejected", "wrongly", "open"):
@@ -66,14 +67,14 @@ def _sureness(result: Counterfactual) -> str:
     ]
     if sure.checked:
         said.append(
-            f"How sure: reckoned in the same way, {sure.right} of {sure.checked} requests that were served "
+            f"How sure: reckoned in the same way, {sure.right} of {counted(sure.checked, 'request')} served "
             f"({100 * sure.right / sure.checked:.0f} %) come out as they did; 90 % of their TTFT within "
             f"{sure.ttft_margin_s * 1e3:,.0f} ms, of their TBT within {sure.tbt_margin_s * 1e3:,.1f} ms."
         )
     else:
         said.append("How sure: not at all. No request was served by which it could be checked.")
     if result.unjudged:
-        said.append(f"{result.unjudged} requests ended before admission was asked (no place, no worker).")
+        said.append(f"{counted(result.unjudged, 'request')} ended before admission was asked (no place, no worker).")
     return "\n".join(fill(one, WIDTH) for one in said) + "\n"
 
 

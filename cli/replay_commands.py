@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 
 from cli.judged import judged
-from cli.tables import make_console
+from cli.tables import counted, make_console
 from conductor.counterfactual import counterfactual as counterfactual_of
 from conductor.past import gather
 from conductor.recording import read
@@ -44,7 +44,7 @@ def replay(file: Path, counterfactual: bool, policies: tuple[str, ...]) -> None:
     result = replayed_from(lines_of(file))
     _say_run(console, file, result)
     if result.difference is None:
-        calls, effects = f"{result.calls:,} calls", f"{result.effects:,} effects"
+        calls, effects = counted(result.calls, "call"), counted(result.effects, "effect")
         console.print(f"Every decision is bit-equal: {calls}, {effects}, digest {result.digest}.", soft_wrap=True)
         return
     _say_difference(console, result.difference)
@@ -66,7 +66,7 @@ def _say_run(console: Console, file: Path, result: Replayed) -> None:
     requests = sum(result.outcomes.values())
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(result.outcomes.items()))
     console.print(
-        f"{file}: {result.seconds:,.1f} s, {requests} requests ({outcomes or 'none ended'}), "
+        f"{file}: {result.seconds:,.1f} s, {counted(requests, 'request')} ({outcomes or 'none ended'}), "
         f"policy {result.header.policy}, recorded by halfmoon {result.header.halfmoon}",
         soft_wrap=True,
     )

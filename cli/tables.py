@@ -27,6 +27,10 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.0f}"
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The nearest-rank percentile; 0 for no values."""
     ordered = sorted(values)

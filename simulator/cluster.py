@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +20,7 @@ from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send
 from conductor.machine import ConductorMachine
 from core.messages import Command, Snapshot, Token, WorkerEvent
 from halfmoon.errors import HalfmoonError, Unavailable
-from halfmoon.types import NodeId, Outcome, RequestId
+from halfmoon.types import AttemptId, NodeId, Outcome, RequestId
 from node.effects import Pass
 from simulator.audit import Audit, DecisionLog
 from simulator.clients import Client, Clients
@@ -89,7 +89,8 @@ class Cluster:
         self.log = DecisionLog()
         self.counters: Counter[str] = Counter()
         self.links: dict[NodeId, Link] = {}
-        self.calm = weather_calm
+        self._weather_calm = weather_calm
+        self._odd: set[RequestId] = set()  # open requests, of whose current attempt a token is missing or was late
         self._make_machine = make_machine
         self._planned = planned
         self._on_end = on_end
@@ -134,6 +135,11 @@ class Cluster:
         """Bring every node's books up to now."""
         for node in self.peers.nodes.values():
             node.settle()
+
+    def calm(self, work: Pass) -> bool:
+        return self._weather_calm() and not (
+            self._odd and any(attempt_id.request_id in self._odd for attempt_id in work.attempts)
+        )
 
     def change(self, act: Callable[[], None]) -> None:
         """Something changes under running steps: settle those that ended before it, and think anew of the others."""
@@ -195,8 +201,7 @@ class Cluster:
         if link is None or link.node is not node:
             link = self.links[node.node_id] = Link(node=node)
         if not link.up:
-            node.settle()
-            link.tokens_up = True
+            self._open_tokens(link)
             node.events.send(partial(self._attached, link, link.generation, node.snapshot()))
             self.world.after(REDIAL_S, partial(self._dial, node))  # if that did not come
 
@@ -218,9 +223,14 @@ class Cluster:
 
     def _reopen_tokens(self, link: Link) -> None:
         if link.up and not link.tokens_up and link.node.alive:
-            link.node.settle()
-            link.tokens_up = True
+            self._open_tokens(link)
             self._perform(self.machine.on_tokens_lost(link.node.node_id, link.node.epoch, self.world.now_s))
+
+    def _open_tokens(self, link: Link) -> None:
+        """Tokens come again. Those whose earlier ones were lost are taken one by one from now on."""
+        link.node.settle()
+        link.tokens_up = True
+        link.node.compute.replan()
 
     # ---- from nodes ----
 
@@ -234,9 +244,20 @@ class Cluster:
         link = self.links.get(node.node_id)
         if link is None or link.node is not node or not link.tokens_up:
             self.counters["tokens_lost"] += len(tokens)
+            self.on_odd(tokens)
             return
         for token in tokens:
             self.clients.offer(token, self.world.now_s)
+
+    def on_odd(self, tokens: Sequence[Token]) -> None:
+        """Later tokens of these, over this stream or another, may come before them, and then wait in the log."""
+        self._mark(token.attempt_id for token in tokens)
+
+    def _mark(self, attempts: Iterable[AttemptId]) -> None:
+        for attempt_id in attempts:
+            client = self.clients.open.get(attempt_id.request_id)
+            if client is not None and client.log.attempt == attempt_id:
+                self._odd.add(attempt_id.request_id)
 
     def on_steps(self, node: Node, work: Pass, ids: Sequence[Sequence[int]], due_s: Sequence[float]) -> None:
         """Those that have come by now have come at their moment; the others are still on their way."""
@@ -249,6 +270,7 @@ class Cluster:
         ]
         if not up:
             self.counters["tokens_lost"] += come * len(ids)
+            self._mark(work.attempts if come else ())
         elif come:
             times_s = due_s[:come]
             for attempt_id, first, some in zip(work.attempts, firsts, ids, strict=True):
@@ -295,6 +317,7 @@ class Cluster:
             self._audit.ended(request_id, outcome.value)
         self.log.note(self.world.now_s, outcome.value, request_id, client.log.num_tokens, error or "")
         self._on_end(client, outcome, error)
+        self._odd.discard(request_id)
         self.clients.close(client)
 
     # ---- effects ----
@@ -323,6 +346,7 @@ class Cluster:
         client = self.clients.open.get(request_id)
         if client is not None:
             client.log.begin(begin.attempt_id)
+            self._odd.discard(request_id)
 
     def _resume(self, resume: Resume) -> None:
         """Answer with the log, in which every token is that has come by now."""

@@ -125,7 +125,7 @@ class Cruise(Compute):
     Args:
         machine: whose steps they are.
         on_steps: told of the tokens, when steps are settled.
-        calm: whether nothing may befall single tokens on their way.
+        calm: whether this batch's tokens simply come, each at its usual time after the one before it.
     """
 
     engine: SteadyEngine
@@ -138,7 +138,7 @@ class Cruise(Compute):
         on_end: Callable[[Pass, float], None],
         machine: SteadyMachine,
         on_steps: OnSteps,
-        calm: Callable[[], bool],
+        calm: Callable[[Pass], bool],
     ) -> None:
         super().__init__(world, engine, rank, on_end)
         self._machine = machine
@@ -184,4 +184,4 @@ class Cruise(Compute):
             self._seconds.append(seconds)
 
     def _num_steady(self, work: Pass) -> int:
-        return min(self._machine.plain_steps(), self.engine.steady_steps(work)) if self._calm() else 0
+        return min(self._machine.plain_steps(), self.engine.steady_steps(work)) if self._calm(work) else 0

@@ -66,8 +66,12 @@ class Conductor(Protocol):
         """What the sequences of a pass gave in it and in the steps after it. Some may not be due yet."""
         ...
 
-    def calm(self) -> bool:
-        """Nothing may befall single tokens on their way."""
+    def on_odd(self, tokens: Sequence[Token]) -> None:
+        """One step's tokens have been sent, and will come late, twice or never."""
+        ...
+
+    def calm(self, work: Pass) -> bool:
+        """Nothing may befall this batch's tokens on their way, and none has to wait for an earlier one."""
         ...
 
 
@@ -247,8 +251,8 @@ class Node:
         if self._audit is not None:
             self._audit.done(effects)
         tokens = [effect.token for effect in effects if isinstance(effect, Emit)]
-        if tokens:
-            self.tokens.send(partial(self.conductor.on_tokens, self, tokens))
+        if tokens and not self.tokens.send(partial(self.conductor.on_tokens, self, tokens)):
+            self.conductor.on_odd(tokens)
         self._collect()
         for effect in effects:
             match effect:

@@ -40,15 +40,18 @@ class Stream:
         self._delay_s = delay_s
         self._weather = weather
         self._due_s = 0.0
+        self._late_until_s = 0.0
 
-    def send(self, action: Action) -> None:
+    def send(self, action: Action) -> bool:
+        """Whether it comes once, and at its usual time."""
         fates = None if self._weather is None else self._weather.fates(self._ends)
         if fates is None:
             self._world.at(self.due_s(self._world.now_s), action)
-            return
+            return self._world.now_s >= self._late_until_s
         for extra_s in fates:
-            self._due_s = self.due_s(self._world.now_s) + extra_s
+            self._due_s = self._late_until_s = self.due_s(self._world.now_s) + extra_s
             self._world.at(self._due_s, action)
+        return False
 
     def due_s(self, sent_s: float) -> float:
         """When a message arrives that is sent at `sent_s`, which is not earlier than those before it. Books it."""

@@ -179,7 +179,10 @@ class World(Clock):
     def on_steps(self, node: Node, work: Pass, ids: Sequence[Sequence[int]], due_s: Sequence[float]) -> None:
         raise AssertionError("single steps only")
 
-    def calm(self) -> bool:
+    def on_odd(self, tokens: Sequence[Token]) -> None:
+        pass
+
+    def calm(self, work: Pass) -> bool:
         return False
 
     def _tick(self) -> None:

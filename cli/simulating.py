@@ -56,10 +56,11 @@ def simulate_scenario(
 ) -> tuple[Sketch, Run]:
     """Simulate `trace`, which is `trace_of(asked)`. progress: told the share of requests that have ended."""
     number = len(trace.requests)
-    run = simulate(trace, config_of(asked, trace), on_progress=lambda ended: progress(ended / number))
+    again = command(asked)
+    run = simulate(trace, config_of(asked, trace), again=again, on_progress=lambda ended: progress(ended / number))
     title = f"{Path(asked.trace).name} on {asked.nodes}, {asked.policy}, {asked.speedup:g}x"
     run = replace(run, title=title, settings=_settings(run, asked, trace))
-    return sketch(run, label=label or run.title, command=command(asked)), run
+    return sketch(run, label=label or run.title, command=again), run
 
 
 def _settings(run: Run, asked: Scenario, trace: Trace) -> dict[str, object]:

@@ -23,12 +23,14 @@ def simulate(
     trace: Trace,
     config: SimConfig,
     *,
+    again: str = "",
     conductor: MakeConductor = make_conductor,
     on_progress: Callable[[int], None] = lambda ended: None,
 ) -> Run:
     """Run a trace through a simulated cluster.
 
     Args:
+        again: the command that runs this again, for the message of what must not happen; empty: its settings are told.
         conductor: makes the conductor's machine: by default from the names in `config`.
         on_progress: told now and then how many requests have ended.
 
@@ -43,7 +45,8 @@ def simulate(
             result = simulation.run(on_progress)
     except AssertionError as error:
         at_s = simulation.world.now_s - simulation.began_s
-        raise Failed(f"at {at_s:.6f} s: {error}\nagain: {command(trace, config)}") from error
+        how = again or ", ".join(f"{name} {value}" for name, value in settings_of(trace, config).items())
+        raise Failed(f"at {at_s:.6f} s: {error}\nagain: {how}") from error
     return Run(
         title=f"{trace.source} on {pools(config)}, {config.hardware.name}",
         settings=settings_of(trace, config),
@@ -101,15 +104,3 @@ def settings_of(trace: Trace, config: SimConfig) -> dict[str, object]:
         "macro": config.macro,
         "check": config.check,
     }
-
-
-def command(trace: Trace, config: SimConfig) -> str:
-    """The command that runs this again."""
-    words = ["halfmoon simulate", f"--trace {trace.source}", f"--prefill {config.prefill}", f"--decode {config.decode}"]
-    words += [f"--coupled {config.coupled}"] if config.coupled else []
-    words += [f"--speedup {config.speedup:g}", f"--policy {config.admission}", f"--placement {config.placement}"]
-    words += [f"--seed {config.seed}", f"--hardware {config.hardware.name}"]
-    words += [f"--faults {config.faults}"] if config.faults.any else []
-    words += ["--check"] if config.check else []
-    words += [] if config.macro else ["--exact"]
-    return " ".join(words)

@@ -332,7 +332,8 @@ def sample_of(cluster: Cluster, config: SimConfig, now_s: float, began_s: float)
     """Both pools now. Queues and loads are what the conductor believes; KV is what is there.
 
     prefill_load: the mean queue over the TTFT limit. decode_load: the mean over decode workers of the larger of the
-    step's predicted time over the TBT limit and the booked blocks over the pool.
+    step's predicted time over the TBT limit and the booked blocks over the pool: what admission looks at, without a
+    request to judge. (conductor.oscillation measures the decode pool's room alone, and by what was reported.)
     """
     cluster.settle()
     view = cluster.machine.workers()

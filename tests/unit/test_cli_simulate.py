@@ -13,8 +13,10 @@ from click.testing import CliRunner, Result
 from cli.main import main
 from cli.scenario import Scenario, command
 from cli.simulating import config_of, simulate_scenario, ticked, trace_of
+from halfmoon.errors import Failed
 from report.files import load
 from report.statistics import statistics
+from simulator.simulation import Simulation
 from tests.traces import FIXTURE
 from workload.trace import Trace, TraceRequest
 
@@ -141,6 +143,21 @@ def test_arrivals_in_ticks_are_spread_and_others_are_not() -> None:
     assert config_of(asked, trace(0, 3)).jitter_s == 3.0
     assert config_of(asked, trace(0, 1)).jitter_s == 0.0
     assert config_of(replace(asked, jitter_s=1.5), trace(0, 3)).jitter_s == 1.5
+
+
+def test_a_broken_promise_ends_with_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Simulation, on_progress: object) -> None:
+        raise AssertionError("a block is held twice")
+
+    monkeypatch.setattr(Simulation, "run", broken)
+    asked = Scenario(trace=str(FIXTURE), requests=2, output_scale=2.0, slo_tbt_s=0.2, belief_factor=1.5, exact=True)
+    with pytest.raises(Failed) as caught:
+        simulate_scenario(asked, trace_of(asked))
+    said, how = str(caught.value).splitlines()
+    assert "a block is held twice" in said
+    assert how == f"again: {command(asked)}"
+    for option in ("--requests 2", "--output-scale 2", "--slo-tbt 0.2", "--belief 1.5", "--seed 1", "--exact"):
+        assert option in how
 
 
 def test_a_plan_answers_from_simulations_and_says_so() -> None:

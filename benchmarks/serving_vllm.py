@@ -1,6 +1,6 @@
 """Shell: vLLM's CPU build as 1P1D over NIXL, in turn with our 1P1D and our coupled worker: one request alone.
 
-    python -m benchmarks.serving_vllm [--pairs 30] [--peer-every 3]
+    python -m benchmarks.serving_vllm [--pairs 30] [--peer-every 3] [--size 128 --size 512]
 
 vLLM runs in the environment of benchmarks.engine (.venv-bench, made on first use): a prefill and a decode server, one
 thread and one core each, KV through the host's memory. Its proxy is this client, with two POSTs: the prefill server
@@ -176,8 +176,11 @@ async def vllm_pair() -> AsyncIterator[Pair]:
                 server.end()
 
 
-async def measure(pairs: int, peer_every: int) -> dict[str, dict[str, list[Sample]]]:
-    """{prompt size: {cluster: samples}}; in a turn every cluster serves one prompt, vLLM in every `peer_every`-th."""
+async def measure(sizes: tuple[int, ...], pairs: int, peer_every: int) -> dict[str, dict[str, list[Sample]]]:
+    """{prompt size: {cluster: samples}}; in a turn every cluster serves one prompt, vLLM in every `peer_every`-th.
+
+    What was measured is saved after every turn: on a busy machine the long prompts take half an hour.
+    """
     rng = random.Random(1)
     rows: dict[str, dict[str, list[Sample]]] = {}
     async with (
@@ -190,7 +193,7 @@ async def measure(pairs: int, peer_every: int) -> dict[str, dict[str, list[Sampl
             "coupled": lambda tokens: first_two(coupled, tokens),
             PEER: lambda tokens: asyncio.to_thread(peer.first_two, tokens),
         }
-        for size in SIZES:
+        for size in sizes:
             samples = rows[str(size)] = {name: [] for name in ask}
             for number in range(-2, pairs):  # two turns warm up
                 turn = [name for name in ask if name != PEER or number < 0 or number % peer_every == 0]
@@ -199,7 +202,8 @@ async def measure(pairs: int, peer_every: int) -> dict[str, dict[str, list[Sampl
                     measured = await ask[name](prompt(rng, size))
                     if number >= 0:
                         samples[name].append(measured)
-            console.print(f"[dim]{size} tokens done, load {os.getloadavg()[0]:.1f}[/dim]")
+                path = save("-".join(["serving-vllm", *map(str, sizes)]), {"command": sys.argv[1:], "seconds": rows})
+            console.print(f"[dim]{size} tokens done, load {os.getloadavg()[0]:.1f}, raw: {path}[/dim]")
     return rows
 
 
@@ -233,13 +237,11 @@ def install() -> None:
 @click.command()
 @click.option("--pairs", default=30, show_default=True, help="Turns for each size of prompt.")
 @click.option("--peer-every", default=3, show_default=True, help="vLLM takes part in every n-th turn.")
-def main(pairs: int, peer_every: int) -> None:
+@click.option("--size", "sizes", multiple=True, default=SIZES, show_default=True, help="Tokens of a prompt.")
+def main(pairs: int, peer_every: int, sizes: tuple[int, ...]) -> None:
     """TTFT and the first gap, ours and vLLM's."""
     install()
-    rows = uvloop.run(measure(pairs, peer_every))
-    show(rows)
-    data = {"command": sys.argv[1:], "seconds": rows}
-    console.print(f"raw: {save('serving-vllm', data)}")
+    show(uvloop.run(measure(sizes, pairs, peer_every)))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def find_trace(path: Path | str) -> Path:
 
 def _folders() -> list[Path]:
     named = settings.traces_directory()
-    beside = [_CHECKOUT / "traces", _CHECKOUT.parent / "traces", _CHECKOUT.parent / "shared" / "data"]
+    beside = [_CHECKOUT / "traces", _CHECKOUT.parent / "traces", *sorted(_CHECKOUT.parent.glob("*/data"))]
     return beside if named is None else [named, *beside]
 
 

@@ -40,9 +40,6 @@ class Estimate(NamedTuple):
     seconds: float
     in_range: bool
 
-    def plus(self, other: Estimate) -> Estimate:
-        return Estimate(self.seconds + other.seconds, self.in_range and other.in_range)
-
 
 NOTHING = Estimate(0.0, True)
 

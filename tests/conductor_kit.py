@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from conductor.admission_config import AdmissionConfig, Mode
 from conductor.config import ConductorConfig
 from conductor.desk import Layout
-from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send, Slo
+from conductor.effects import Effect, RequestSpec, Send, Slo
 from conductor.machine import ConductorMachine
+from conductor.recording import in_words
 from core.cost import CostPrior
 from core.messages import (
     AttemptFailed,
@@ -229,15 +230,7 @@ def stats(node: str) -> AttemptStats:
 
 def word(effect: Effect) -> str:
     """An effect as a line of a transcript."""
-    match effect:
-        case Begin():
-            return f"begin {effect.attempt_id}"
-        case Resume():
-            return f"resume {effect.request_id}: {effect.reason}"
-        case End():
-            return f"end {effect.request_id} {effect.outcome}: {type(effect.error).__name__}: {effect.error}"
-        case Send():
-            return f"{effect.node_id} <- {command_word(effect)}"
+    return f"{effect.node_id} <- {command_word(effect)}" if isinstance(effect, Send) else in_words(effect)
 
 
 def command_word(send: Send) -> str:

@@ -227,6 +227,10 @@ class Admission:
         """Every policy that is not off, in order."""
         return tuple(judge(policy, case, mode) for policy, mode in self._policies)
 
+    def refuses(self, case: Case) -> Verdict | None:
+        """The first refusal that is in force; the policies in shadow are not asked."""
+        return refusal([judge(policy, case, mode) for policy, mode in self._policies if mode is Mode.ENFORCE])
+
 
 def refusal(verdicts: Sequence[Verdict]) -> Verdict | None:
     """The first refusal that is in force."""

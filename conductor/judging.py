@@ -29,7 +29,11 @@ class Judge:
         if request.placed:
             return True
         prefill, decode = placement.option
-        refused = self._on_arrival(request, query, prefill, decode, now_s)
+        case = self._case(Stage.ARRIVAL, request, query, prefill, decode, now_s)
+        if request.spec.request_id in desk.waiting and self._still_waits(request, case, prefill, now_s):
+            return False
+        request.record.verdicts = desk.admission.judge(case)
+        refused = refusal(request.record.verdicts)
         why = refused.reason if refused is not None else self._must_wait(request, prefill)
         if not why:
             return True
@@ -65,13 +69,16 @@ class Judge:
 
     # ---- inside ----
 
-    def _on_arrival(
-        self, request: Request, query: Query, prefill: PrefillScore, decode: DecodeScore, now_s: float
-    ) -> Verdict | None:
-        """The refusal in force, if there is one. Judged again, the new verdicts replace the old ones."""
-        verdicts = self._desk.admission.judge(self._case(Stage.ARRIVAL, request, query, prefill, decode, now_s))
-        request.record.verdicts = verdicts
-        return refusal(verdicts)
+    def _still_waits(self, request: Request, case: Case, prefill: PrefillScore, now_s: float) -> bool:
+        """Judged again, and still refused for now. Its record keeps the verdicts of its arrival until the last ones."""
+        refused = self._desk.admission.refuses(case)
+        if refused is None or not refused.waits:
+            return False
+        ends_s = self._slack_ends_s(request, prefill)
+        if now_s >= ends_s:
+            return False
+        request.set_phase(Phase.DEFERRED, defer=ends_s)
+        return True
 
     def _slack_ends_s(self, request: Request, prefill: PrefillScore) -> float:
         """Until when it may wait, and then still have its first token in time, if no other prompt is ahead of it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cli.scenario import Scenario, command
-from conductor.admission_policies import NAMES, NO_ADMISSION
+from conductor.admission_policies import ALL_NAMES
 from halfmoon.errors import ConfigError
 from report import files
 from report.curves import Sketch, sketch
@@ -124,7 +124,7 @@ def require_policies(admission: str, placement: str) -> None:
 
 def admissions() -> tuple[str, ...]:
     """Names of the admission policies; "none" takes everything on."""
-    return (*NAMES, NO_ADMISSION)
+    return ALL_NAMES
 
 
 def ticked(trace: Trace) -> bool:

@@ -217,6 +217,8 @@ NAMES = (*PAPERS, "forecast", *(f"{name}{DEFER}" for name in PAPERS))
 NO_ADMISSION = "none"
 """Everything is taken on."""
 
+ALL_NAMES = (*NAMES, NO_ADMISSION)
+
 
 def admission_named(name: str, config: AdmissionConfig) -> AdmissionConfig:
     """One policy in force and the others in its shadow, for comparing them: "baseline", "early", "predictive",
@@ -225,8 +227,8 @@ def admission_named(name: str, config: AdmissionConfig) -> AdmissionConfig:
     Raises:
         ConfigError: an unknown name.
     """
-    if name not in (*NAMES, NO_ADMISSION):
-        raise ConfigError(key="admission", value=name, expected=f"one of {', '.join((*NAMES, NO_ADMISSION))}")
+    if name not in ALL_NAMES:
+        raise ConfigError(key="admission", value=name, expected=f"one of {', '.join(ALL_NAMES)}")
     bare = name.removesuffix(DEFER)
     baseline, early, predictive, forecast = (
         Mode.ENFORCE if policy == bare else Mode.SHADOW for policy in (*PAPERS, "forecast")

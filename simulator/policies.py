@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from conductor.admission_policies import NAMES, NO_ADMISSION, admission_named
+from conductor.admission_policies import ALL_NAMES, admission_named
 from conductor.config import PlacementName
 from conductor.desk import Layout
 from conductor.effects import Slo
@@ -21,7 +21,7 @@ Make = TypeVar("Make")
 PLACEMENTS = {name.value: name for name in PlacementName}
 """By name."""
 
-ADMISSIONS = {name: name for name in (*NAMES, NO_ADMISSION)}
+ADMISSIONS = {name: name for name in ALL_NAMES}
 
 
 def make_conductor(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from math import inf
 
+from conductor.alarms import Alarm, Alarms
 from conductor.decisions import DecisionRecord
 from conductor.effects import RequestSpec
 from conductor.scoring import Option
@@ -94,11 +96,15 @@ class Request:
     """Times are the machine's `now_s`. `number` is the last attempt's; `record.number_before` before the first.
 
     crowded: no decode worker had room for it, whatever their books here say.
+    serial: in the order of arrival. `alarm_s`: no wait ends before it, and an alarm is set for it.
     """
 
     spec: RequestSpec
     arrived_s: float
     record: DecisionRecord
+    alarms: Alarms
+    serial: int
+    alarm_s: float = inf
     phase: Phase = Phase.HELD
     number: int = 0
     emitted: tuple[int, ...] = ()
@@ -135,6 +141,26 @@ class Request:
         self.phase = phase
         deadline_s = self.timers[Timer.DEADLINE]
         self.timers = {Timer.DEADLINE: deadline_s, **{Timer(name): at_s for name, at_s in timers.items()}}
+        self._arm(min(self.timers.values()))
+
+    def wait(self, timer: Timer, until_s: float) -> None:
+        """One more wait, or another end of it."""
+        self.timers[timer] = until_s
+        self._arm(until_s)
+
+    @property
+    def alarm(self) -> Alarm:
+        return Alarm(self.alarm_s, self.serial, self.spec.request_id)
+
+    def rearm(self) -> None:
+        """Its alarm has rung: the next one."""
+        self.alarm_s = inf
+        self._arm(min(self.timers.values()))
+
+    def _arm(self, at_s: float) -> None:
+        if at_s < self.alarm_s:
+            self.alarm_s = at_s
+            self.alarms.set(self.alarm)
 
     def due(self, now_s: float) -> list[Timer]:
         return [timer for timer, at_s in self.timers.items() if at_s <= now_s]

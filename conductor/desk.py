@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from conductor.admission import Admission
+from conductor.alarms import Alarms
 from conductor.attempts import Attempt, Leg, Phase, Request
 from conductor.config import ConductorConfig
 from conductor.decisions import Decisions
@@ -62,6 +63,7 @@ class Desk:
         self.index = PrefixIndex()
         self.decisions = Decisions(config.records_max)
         self.requests: dict[RequestId, Request] = {}
+        self.alarms = Alarms()
         self.closing: dict[tuple[AttemptId, NodeId, Epoch], float] = {}
         self.seekers: dict[RequestId, None] = {}  # placed, but no decode worker had room: who has waited longest first
         self.counters: Counter[str] = Counter()

@@ -89,10 +89,11 @@ class ConductorMachine:
         if known is not None:
             desk.forget(known, Outcome.FINISHED, "", now_s)
         record = desk.decisions.open(spec, desk.policy.name)
-        request = Request(spec=spec, arrived_s=now_s, record=record, number=record.number_before)
-        desk.requests[spec.request_id] = request
-        request.timers[Timer.DEADLINE] = now_s + spec.deadline_s
         desk.counters["requests"] += 1
+        serial, before = desk.counters["requests"], record.number_before
+        request = Request(spec=spec, arrived_s=now_s, record=record, number=before, alarms=desk.alarms, serial=serial)
+        desk.requests[spec.request_id] = request
+        request.wait(Timer.DEADLINE, now_s + spec.deadline_s)
         self._placer.admit(request, now_s)
         return self._took(now_s)
 
@@ -186,10 +187,7 @@ class ConductorMachine:
         """End the waits that are over. Called at least every 100 ms."""
         desk = self._desk
         self._membership.tick(now_s)
-        for request in list(desk.requests.values()):
-            if min(request.timers.values()) <= now_s:  # as `due` tells, which costs more
-                for timer in request.due(now_s):
-                    self._on_timer(request, timer, now_s)
+        self._ring(now_s)
         if desk.swing.due(now_s):
             ttft_s = desk.config.slo.ttft_s or 1.0
             desk.swing.see(pool_loads(desk.view, desk.layout.block_size, ttft_s, now_s), now_s)
@@ -268,6 +266,18 @@ class ConductorMachine:
             self._placer.offer(worker, now_s)
 
     # ---- time ----
+
+    def _ring(self, now_s: float) -> None:
+        desk = self._desk
+        for alarm in desk.alarms.ring(now_s):
+            request = desk.requests.get(alarm.request_id)
+            if request is not None and request.alarm == alarm:
+                for timer in request.due(now_s):
+                    self._on_timer(request, timer, now_s)
+                if desk.requests.get(alarm.request_id) is request:
+                    request.rearm()
+        if desk.alarms.crowded(len(desk.requests)):
+            desk.alarms.reset(request.alarm for request in desk.requests.values())
 
     def _on_timer(self, request: Request, timer: Timer, now_s: float) -> None:
         """One wait is over. An earlier timer of the same tick may have ended the request or changed its phase."""

@@ -160,8 +160,8 @@ class Placer:
         """Until `offer`. While the prefill is withheld nothing is held, and the phase's time bounds the wait."""
         request.crowded = True
         self._desk.seekers.setdefault(request.spec.request_id)
-        if attempt.withheld is None:
-            request.timers.setdefault(Timer.SEEK, now_s + self._desk.config.seek_wait_s)
+        if attempt.withheld is None and Timer.SEEK not in request.timers:
+            request.wait(Timer.SEEK, now_s + self._desk.config.seek_wait_s)
 
     def offer(self, worker: Worker, now_s: float, *, reported: bool = False) -> None:
         """This decode worker may have room again: the first in line that it could ever hold asks, and no other.
@@ -189,7 +189,7 @@ class Placer:
         if command is not None:
             leg = attempt.prefill
             leg.since_s = now_s
-            request.timers[Timer.PREFILL] = now_s + self._prefill_wait_s(attempt)
+            request.wait(Timer.PREFILL, now_s + self._prefill_wait_s(attempt))
             self._desk.send(leg.node_id, leg.epoch, replace(command, deadline_s=request.left_s(now_s)))
 
     def start(self, request: Request, attempt: Attempt) -> None:
@@ -306,7 +306,7 @@ class Placer:
             attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
             attempt.unasked = True
             self._book_decode(attempt, query, worker)
-            request.timers[Timer.ASK] = now_s + desk.admission.config.reserve_share * attempt.predicted_s
+            request.wait(Timer.ASK, now_s + desk.admission.config.reserve_share * attempt.predicted_s)
         elif desk.seekers:
             desk.seekers[request.spec.request_id] = None  # behind those who wait already
         else:
@@ -352,7 +352,7 @@ class Placer:
         desk = self._desk
         attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
         attempt.reserved = False
-        request.timers[Timer.RESERVE] = now_s + desk.config.reserve_wait_s
+        request.wait(Timer.RESERVE, now_s + desk.config.reserve_wait_s)
         self._book_decode(attempt, query, worker)
         desk.note(request, now_s, "reserve", worker.node_id)
         source = self._worker(attempt.prefill.node_id)

@@ -341,6 +341,13 @@ class Conductor(RuleBasedStateMachine):
         assert all(desk.requests[r].attempt is None for r in deferred)
 
     @invariant()
+    def no_wait_ends_before_its_alarm(self) -> None:
+        desk = self.machine._desk
+        for request in desk.requests.values():
+            assert request.alarm_s <= min(request.timers.values())
+            assert request.alarm in desk.alarms
+
+    @invariant()
     def nothing_is_asked_of_a_decode_worker_too_early(self) -> None:
         for request in self.machine._desk.requests.values():
             attempt = request.attempt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from conductor.alarms import SPARE
 from conductor.effects import Send, Slo
 from conductor.view import WorkerState
 from core.messages import DrainCommand, LoadReport, PassSample, PrefillCommand, RefusalReason
@@ -49,6 +50,19 @@ def test_the_first_token_waits_for_the_reservation() -> None:
     assert play.prefilled("p0", "r#1", token=9) == []
     assert play.reserved("d0", "r#1") == ["d0 <- start r#1 9"]
     assert play.reserved("d0", "r#1") == []  # said twice, started once
+
+
+def test_alarms_of_ended_requests_are_not_kept_until_their_deadlines() -> None:
+    play = Play("p0 d0")
+    most = 0
+    for number in range(2000):
+        play.request(spec(f"r{number}", deadline_s=600.0))
+        play.finished_stream(f"r{number}")
+        play.machine.on_cancel(RequestId(f"r{number}"), "gone", play.now_s)
+        play.machine.on_tick(play.now_s)
+        most = max(most, len(play.machine._desk.alarms))
+    assert play.machine.status().requests_open == 0
+    assert most <= SPARE + 8
 
 
 def test_a_coupled_worker_gets_one_command() -> None:

@@ -28,9 +28,10 @@ class Faults:
         partition: for `partition_s` nothing reaches a node or leaves it.
         storm: for `storm_s` messages to and from the conductor are lost, doubled or late, each with its probability.
         stale: for `stale_s` one node's news of blocks come `stale_delay_s` late.
+        slow_tier: for `slow_s` the moves between one node's tiers take `slow_factor` times as long.
         conductor: the conductor dies, and another one begins with nothing.
 
-    There is no fault of a disk, since there is no SSD tier yet.
+    There is no SSD tier yet, so the slower tier is DRAM, where the hardware has it (`*_dram_blocks`).
 
     Raises:
         ConfigError: a value out of range.
@@ -42,12 +43,15 @@ class Faults:
     partition: int = 0
     storm: int = 0
     stale: int = 0
+    slow_tier: int = 0
     conductor: int = 0
     restart_s: float = 5.0
     partition_s: float = 8.0
     storm_s: float = 5.0
     stale_s: float = 20.0
     stale_delay_s: float = 5.0
+    slow_s: float = 10.0
+    slow_factor: float = 1000.0
     lost: float = 0.02
     doubled: float = 0.02
     late: float = 0.05
@@ -61,6 +65,9 @@ class Faults:
             elif spec.name in ("lost", "doubled", "late"):
                 if not 0.0 <= value <= 0.5:
                     raise ConfigError(key=key, value=value, expected="a probability in [0, 0.5]")
+            elif spec.name == "slow_factor":
+                if not 1.0 <= value <= 1e6:
+                    raise ConfigError(key=key, value=value, expected="a factor in [1, 1e6]")
             elif not 0.0 < value <= 3600.0:
                 raise ConfigError(key=key, value=value, expected="seconds in (0, 3600]")
 
@@ -75,22 +82,21 @@ class Faults:
         return ",".join(f"{name}={value}" for name, value in changed if value != getattr(default, name))
 
 
-KINDS = ("crash", "hang_up", "tokens", "partition", "storm", "stale", "conductor")
+KINDS = ("crash", "hang_up", "tokens", "partition", "storm", "stale", "slow_tier", "conductor")
 
 
 def parse_faults(text: str) -> Faults:
     """ "crash=2,partition=1,storm": names of fields, with a value or once each.
 
     Raises:
-        ConfigError: an unknown name, or a value out of range. `slow_disk`: there is no disk to be slow.
+        ConfigError: an unknown name, or a value out of range.
     """
     changes: dict[str, Any] = {}
     types = {spec.name: spec.type for spec in fields(Faults)}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = part.partition("=")
         if name not in types:
-            why = "; slow_disk: there is no SSD tier yet" if "disk" in name else ""
-            raise ConfigError(key="faults", value=part, expected=f"one of {', '.join(types)}{why}")
+            raise ConfigError(key="faults", value=part, expected=f"one of {', '.join(types)}")
         try:
             number = (int if types[name] == "int" else float)(value or 1)
         except ValueError:

@@ -109,6 +109,7 @@ class Node:
         self.events = Stream(world, (self.node_id, CONDUCTOR), physics.message_s, peers.weather)
         self.tokens = Stream(world, (self.node_id, CONDUCTOR), physics.message_s, peers.weather)
         self.stale_s = 0.0  # how late news of blocks are
+        self.move_factor = 1.0  # of the time that moves between its tiers take
         self.compute = self._compute_of(parts, len(peers.nodes))
         self._learn = parts.learn
         self._audit = parts.audit
@@ -272,7 +273,7 @@ class Node:
         moves = self.cache.take_moves()
         for move in moves:
             self.num_moves_out += 1
-            self.world.after(self.physics.move_s(), partial(self._move, move))
+            self.world.after(self.physics.move_s() * self.move_factor, partial(self._move, move))
         news = self.cache.take_events()
         if news is not None:
             self.report(news)

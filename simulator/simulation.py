@@ -225,6 +225,9 @@ class Simulation:
             case "stale":
                 node.stale_s = faults.stale_delay_s
                 self.world.after(faults.stale_s, partial(setattr, node, "stale_s", 0.0))
+            case "slow_tier":
+                node.move_factor = faults.slow_factor
+                self.world.after(faults.slow_s, partial(setattr, node, "move_factor", 1.0))
             case "conductor":
                 cluster.restart()
 

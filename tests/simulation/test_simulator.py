@@ -24,7 +24,9 @@ from tests.simulation.scenarios import HARDWARE, chats, config, fingerprint, run
 from workload.trace import Trace, TraceRequest
 
 ROOT = Path(__file__).resolve().parents[2]
-EVERYTHING = "crash=2,partition=1,storm=1,hang_up=2,tokens=2,stale=1,conductor=1,partition_s=3,storm_s=2,restart_s=2"
+EVERYTHING = (
+    "crash=2,partition=1,storm=1,hang_up=2,tokens=2,stale=1,slow_tier=1,conductor=1,partition_s=3,storm_s=2,restart_s=2"
+)
 
 
 def outcomes(run_: object) -> Counter[Outcome]:
@@ -167,6 +169,16 @@ def test_faults_cost_time_and_nobody_an_answer(faults: str) -> None:
     assert done.counters[f"fault_{kind}"] > 0
 
 
+def test_a_slow_tier_is_a_slower_cache_and_nothing_else() -> None:
+    """Pools so small that blocks move to DRAM and back all the time; then each move takes a second and more."""
+    small = {"hardware": {"prefill_blocks": 40, "prefill_dram_blocks": 80, "move_s_per_byte": 1e-7}}
+    quick, slow = run(5, 120, **small), run(5, 120, "slow_tier=6,slow_s=60", **small)
+    assert outcomes(quick) == outcomes(slow) == {Outcome.FINISHED: 120}
+    assert slow.counters["fault_slow_tier"] == 6
+    means = [sum(row.ttft_s or 0.0 for row in run_.requests) / 120 for run_ in (quick, slow)]
+    assert means[1] > 1.2 * means[0]
+
+
 def test_a_node_that_is_cut_off_for_long_is_given_up_and_nobody_loses_an_answer() -> None:
     done = run(4, faults="partition=1,partition_s=8", prefill=3, decode=3, every_s=0.2)
     assert outcomes(done) == {Outcome.FINISHED: 120}
@@ -266,6 +278,7 @@ def test_every_second_has_its_sample() -> None:
         ({"placement": "best"}, "simulation.placement"),
         ({"admission": "strict"}, "simulation.admission"),
         ({"faults": "slow_disk"}, "faults"),
+        ({"faults": "slow_factor=0.5"}, "faults.slow_factor"),
         ({"faults": "crash=-1"}, "faults.crash"),
         ({"faults": "lost=often"}, "faults.lost"),
     ],

@@ -178,6 +178,21 @@ class Desk:
         if request.record.actuals_refused:
             self.counters["actuals_refused"] += request.record.actuals_refused
 
+    # ---- what always holds ----
+
+    def check_invariants(self) -> None:
+        """Assert that each worker's totals are right, and that nothing is booked but for attempts that are open.
+
+        Looks at everything that is open, not at the blocks of the index.
+        """
+        open_attempts = {r.attempt.attempt_id: r.attempt for r in self.requests.values() if r.attempt is not None}
+        for worker in self.view:
+            worker.check_invariants()
+            for attempt_id in worker.booked():
+                assert attempt_id in open_attempts, f"{worker.node_id}: {attempt_id} is booked and is not open"
+        for request in self.requests.values():
+            assert request.alarm_s <= min(request.timers.values()), f"{request.spec.request_id}: no alarm for a wait"
+
     # ---- looking up ----
 
     def current(self, attempt_id: AttemptId) -> tuple[Request, Attempt] | None:

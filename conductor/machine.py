@@ -239,6 +239,12 @@ class ConductorMachine:
         """As of the last call that brought a time."""
         return status_of(self._desk, self.conductor_id, self._now_s)
 
+    def check_invariants(self, *, blocks: bool = False) -> None:
+        """Assert what always holds between calls; `blocks`: of the whole index too, which takes long."""
+        self._desk.check_invariants()
+        if blocks:
+            self._desk.index.check_invariants()
+
     def learned_costs(self) -> dict[str, CostPrior]:
         """By role, as far as anything was measured."""
         return self._desk.view.learned()

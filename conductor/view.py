@@ -159,6 +159,18 @@ class Worker:
             sending_bytes=sum(book.num_bytes for book in self._sending.values()),
         )
 
+    def booked(self) -> set[AttemptId]:
+        """Every attempt that has anything booked here."""
+        return {*self._prefill, *self._decode, *(attempt_id for attempt_id, _ in self._sending)}
+
+    def check_invariants(self) -> None:
+        """Assert that the totals, which are kept, are those of the books."""
+        assert math.isclose(self._queue_s, sum(self._prefill.values()), abs_tol=1e-9), f"{self.node_id}: queue"
+        assert self.decode_tokens == sum(book.tokens for book in self._decode.values()), f"{self.node_id}: tokens"
+        assert self.decode_blocks == sum(book.blocks for book in self._decode.values()), f"{self.node_id}: blocks"
+        assert self._waiting.keys() <= self._decode.keys(), f"{self.node_id}: waits for a batch without room there"
+        assert self._waiting_tokens == sum(self._waiting.values()), f"{self.node_id}: tokens that wait"
+
     # ---- prefill queue, in seconds ----
 
     def queue_s(self, now_s: float) -> float:

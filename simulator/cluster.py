@@ -287,6 +287,8 @@ class Cluster:
     def _tick(self) -> None:
         now_s = self.world.now_s
         self._perform(self.machine.on_tick(now_s))
+        if self._audit is not None:
+            self.machine.check_invariants()
         for client in self.clients.holes(now_s - HOLE_S):
             self._hole(client)
         for link in self.links.values():

@@ -132,6 +132,7 @@ class Simulation:
         if self._audit is not None:
             self.world.run(lambda: self.cluster.at_rest, REST_S_MAX, self._where)
             self._audit.finish()
+            self.cluster.machine.check_invariants(blocks=True)
         return result
 
     def _result(self) -> Result:

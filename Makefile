@@ -52,7 +52,7 @@ format: .venv/.ready
 proto: .venv/.ready  ## regenerate halfmoon/v1 from proto/
 	$(BIN)/python scripts/proto.py
 
-bench: .venv/.ready  ## the benchmarks that need no peer; raw output in benchmarks/results
+bench: .venv/.ready  ## the benchmarks that need no peer and no trace; raw output in benchmarks/results
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.links
 	$(BIN)/python -m benchmarks.conductor

@@ -2,11 +2,12 @@
 
 100 workers (half prefill, half decode) that hold 1e6 blocks in three tiers, prompts of 188 full blocks that begin with
 one system prompt, and always `--open` requests that wait, prefill or decode. A placement is `on_request` of the whole
-machine: judged, recorded, booked, commanded. Beside it the prefix walk alone is measured, with a naive walk (one set of
-blocks per worker) and ai-dynamo-runtime's radix tree on the same blocks and prompts (`--peer`; wall time, for its work
-is done in a thread of its own). All other times are CPU seconds of the one thread, so that a busy host does not count
-as work; `additions_ms` is what a million integer additions took in the same run. The raw figures go to
-benchmarks/results.
+machine: judged by the default policies, recorded, booked, commanded; and once more with `predictive` in the shadow too,
+which looks at every open request. Beside it the prefix walk alone is measured, with a prompt of 2,000 blocks, a naive
+walk (one set of blocks per worker) and ai-dynamo-runtime's radix tree on the same blocks and prompts (`--peer`; wall
+time, for its work is done in a thread of its own). All other times are CPU seconds of the one thread, so that a busy
+host does not count as work; `additions_ms` is what a million integer additions took in the same run. The raw figures go
+to benchmarks/results.
 
     python -m benchmarks.conductor [--blocks 1000000] [--workers 100] [--placements 5000] [--open 400] [--peer]
 """
@@ -33,6 +34,8 @@ from benchmarks.conductor_peer import (
 )
 from benchmarks.record import save
 from conductor import index_dump
+from conductor.admission_config import AdmissionConfig, Mode
+from conductor.admission_policies import admission_of
 from conductor.config import ConductorConfig
 from conductor.desk import Layout
 from conductor.effects import RequestSpec
@@ -68,6 +71,8 @@ FINGERPRINT = Fingerprint(
     weights="bench", num_layers=80, num_kv_heads=8, head_dim=128, rope="rope", block_size=BLOCK_SIZE
 )
 STATS = AttemptStats(node_id=NodeId("bench"))
+LONG_BLOCKS = 2000
+MESSAGES = 2000
 
 
 def main() -> None:
@@ -93,6 +98,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     gc.freeze()
     walks, walks_cpu = _walks(machine, people, arguments.placements)
+    lives = _lives(machine, people, infos, arguments.placements, arguments.open)
+    machine._desk.admission = admission_of(AdmissionConfig(predictive=Mode.SHADOW))
+    lives_judged = _lives(machine, people, infos, arguments.placements, arguments.open, life=1)
     return {
         "additions_ms": round(1e3 * _timed(_a_million_additions), 1),
         "workers": len(infos),
@@ -101,7 +109,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt_blocks": PROMPT_BLOCKS,
         "open_requests": arguments.open,
         "snapshot_blocks_per_s": round(copies / seconds),
-        "request_whole_life": _lives(machine, people, infos, arguments.placements, arguments.open),
+        "request_whole_life": lives,
+        "request_whole_life_all_judging": lives_judged,
         "prefix_walk": walks,
         "prefix_walk_cpu": walks_cpu,
         "prefix_walk_naive": _naive_walks(people),
@@ -109,17 +118,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "peer_p50_over_ours": round(peer["p50_us"] / walks["p50_us"], 2) if peer else None,
         "index_dump": _dumped(machine),
         "ingest_events_per_s": _ingest(machine, infos, rng),
+        "prefix_walk_2000_blocks": _long_walks(machine, infos, rng),
         "node_removal_ms": round(1e3 * _timed(lambda: machine.on_node_lost(*_who(infos[0]), "bench", 1e4)), 2),
     }
 
 
 def _lives(
-    machine: ConductorMachine, people: Population, infos: list[NodeInfo], count: int, num_open: int
+    machine: ConductorMachine, people: Population, infos: list[NodeInfo], count: int, num_open: int, *, life: int = 0
 ) -> dict[str, float]:
     """on_request alone is timed as the placement; the events of its whole life go into requests_per_s.
 
     The first `num_open` only fill the cluster. Each life goes on one step a placement: prefilled after half of the
-    time that it is open, gone at its end.
+    time that it is open, gone at its end. `life`: counts the calls for one machine, 0 first; all end at once at last.
     """
     epochs = {info.node_id: info.epoch for info in infos}
     lives: deque[tuple[RequestSpec, int]] = deque()
@@ -128,8 +138,8 @@ def _lives(
     for number, chain in enumerate(prompts(people, num_open + count)):
         if number == num_open:
             began_s = time.thread_time()
-        spec = _spec(number, people.chains[chain])
-        now_s = 100.0 + number * 1e-3
+        spec = _spec(f"r{life}-{number}", people.chains[chain])
+        now_s = 100.0 * (1 + life) + number * 1e-3
         took_s = _timed(lambda spec=spec, now_s=now_s: machine.on_request(spec, now_s))  # type: ignore[misc]
         lives.append((spec, number))
         if number >= num_open:
@@ -139,6 +149,8 @@ def _lives(
         if len(lives) > num_open:
             _ended(machine, lives.popleft()[0], epochs, now_s)
     total_s = time.thread_time() - began_s
+    for spec, _ in lives:
+        machine.on_cancel(spec.request_id, "the bench is over", now_s)
     return {
         **percentiles(placing),
         "placements_per_s": round(count / sum(placing)),
@@ -202,11 +214,29 @@ def _naive_walks(people: Population, count: int = 200) -> dict[str, float]:
     return percentiles([_timed(lambda chain=chain: walk(chain)) for chain in picks])  # type: ignore[misc]
 
 
-def _ingest(machine: ConductorMachine, infos: list[NodeInfo], rng: random.Random, messages: int = 2000) -> int:
+def _long_walks(machine: ConductorMachine, infos: list[NodeInfo], rng: random.Random) -> dict[str, float]:
+    """One prompt of 2,000 blocks, of which the first worker holds all, the next one 20 fewer, and so on."""
+    chain = [BlockHash(rng.randbytes(16)) for _ in range(LONG_BLOCKS)]
+    step = LONG_BLOCKS // len(infos)
+    for number, info in enumerate(infos):
+        blocks = chain[: LONG_BLOCKS - step * number]
+        stored = tuple(BlockCopy(block_hash=block, tier=Tier(1 + i % 3)) for i, block in enumerate(blocks))
+        machine.on_worker_event(*_who(info), KvEvents(event_id=1 + MESSAGES // len(infos), stored=stored), 6e3)
+    seconds, found = [], {}
+    for _ in range(500):
+        began_s = time.thread_time()
+        found = machine._desk.index.match(chain)
+        seconds.append(time.thread_time() - began_s)
+    assert list(found.values()).count(LONG_BLOCKS) == 1, "one worker holds it all"
+    assert len(found) == len(infos), "and everybody a part"
+    return percentiles(seconds)
+
+
+def _ingest(machine: ConductorMachine, infos: list[NodeInfo], rng: random.Random) -> int:
     """Messages of 32 stored and 32 removed blocks; the figure counts blocks."""
-    copies = [BlockCopy(block_hash=BlockHash(rng.randbytes(16)), tier=Tier.DEVICE) for _ in range(32 * messages)]
+    copies = [BlockCopy(block_hash=BlockHash(rng.randbytes(16)), tier=Tier.DEVICE) for _ in range(32 * MESSAGES)]
     steps = []
-    for number in range(messages):
+    for number in range(MESSAGES):
         stored = tuple(copies[32 * number : 32 * number + 32])
         removed = tuple(copies[32 * number - 320 : 32 * number - 288]) if number >= 10 else ()
         info = infos[number % len(infos)]
@@ -263,9 +293,9 @@ def _info(number: int) -> NodeInfo:
     )
 
 
-def _spec(number: int, chain: list[bytes]) -> RequestSpec:
+def _spec(name: str, chain: list[bytes]) -> RequestSpec:
     return RequestSpec(
-        request_id=RequestId(f"r{number}"),
+        request_id=RequestId(name),
         token_ids=(1,) * (PROMPT_BLOCKS * BLOCK_SIZE + 7),
         block_hashes=tuple(BlockHash(block) for block in chain),
         sampling=SamplingParams(max_tokens=64),

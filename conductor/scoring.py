@@ -252,7 +252,8 @@ class Pricing:
         if worker.coupled:
             stall_s = _stall(worker, self.now_s).seconds
             tbt_s += stall_s
-        tbt_load = tbt_s / (query.slo.tbt_s or self.config.slo.tbt_s or tbt_s or 1.0)
+        limit_s = query.slo.tbt_s or self.config.slo.tbt_s
+        tbt_load = tbt_s / limit_s if limit_s else 0.0  # without a limit room alone says who is less loaded
         room_load = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
         if batch / worker.sequences_max > room_load:
             room_load = batch / worker.sequences_max

@@ -136,7 +136,8 @@ class Twin:
         if worker.coupled and worker.queue_s(NOW_S):
             stall_s = min(worker.queue_s(NOW_S), worker.cost.prefill_s(worker.info.tokens_per_pass_max, 0).seconds)
         step_s = worker.cost.decode_step_s(worker.batch + 1, worker.kv_tokens + query.num_tokens).seconds
-        tbt_load = (step_s + stall_s) / (query.slo.tbt_s or self.scene.config.slo.tbt_s or 1.0)
+        limit_s = query.slo.tbt_s or self.scene.config.slo.tbt_s
+        tbt_load = (step_s + stall_s) / limit_s if limit_s else 0.0
         blocks = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
         return max(tbt_load, blocks, (worker.batch + 1) / worker.sequences_max)
 

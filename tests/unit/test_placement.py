@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -165,6 +166,14 @@ def test_the_decode_worker_with_the_lowest_load_is_picked(
     scene.add("d0", **d0)  # type: ignore[arg-type]
     scene.add("d1", **d1)  # type: ignore[arg-type]
     assert scene.picked() == ("p0", picked), why
+
+
+def test_without_a_limit_between_tokens_room_says_who_is_less_loaded() -> None:
+    scene = Scene(replace(CONFIG, slo=Slo()))
+    scene.add("p0")
+    scene.add("d0", batch=8, blocks=100)
+    scene.add("d1")
+    assert scene.picked() == ("p0", "d1")
 
 
 def test_coupled_workers_compete() -> None:

@@ -32,6 +32,8 @@ class Hardware:
         tokens_per_pass_max, prompts_per_pass_max: of one prefill pass.
         sequences_max: of one decode step.
         batch_blocks: blocks moved under one GO credit of the pull protocol.
+        mixed_hides_weights: a coupled pass reads the weights while it computes its prompts' new tokens, so that only
+            the longer of the two counts; else both do.
 
     Raises:
         ConfigError: naming the value.
@@ -59,6 +61,7 @@ class Hardware:
     prompts_per_pass_max: int
     sequences_max: int
     batch_blocks: int
+    mixed_hides_weights: bool = False
 
     def __post_init__(self) -> None:
         for spec in fields(self):

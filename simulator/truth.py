@@ -49,7 +49,8 @@ class Noise:
 class TrueEngine:
     """The engine of one node (simulator.compute.SteadyEngine).
 
-    In a pass that also holds steps the weights are read once: the larger constant counts.
+    In a pass that also holds steps the weights are read once: the larger constant counts; on hardware that hides that
+    reading behind the prompts' new tokens, less what they take.
     """
 
     def __init__(self, hardware: Hardware, planned: Mapping[RequestId, Planned], noise: Noise) -> None:
@@ -66,6 +67,9 @@ class TrueEngine:
         steps = [part for part in work.slices if _is_step(part)]
         hardware, factor = self._hardware, self._noise.next()
         constant = max(hardware.prefill_pass_s, hardware.decode_step_s if steps else 0.0)
+        if hardware.mixed_hides_weights:
+            hidden_s = hardware.prefill_token_s * sum(len(part.token_ids) for _, part in chunks)
+            constant = max(hardware.prefill_pass_s, constant - hidden_s)
         shares = [self._chunk_s(part) for _, part in chunks]
         reading = hardware.decode_sequence_s * len(steps) + hardware.decode_token_s * sum(part.end for part in steps)
         total = (constant + sum(shares) + reading) * factor

@@ -77,6 +77,23 @@ def test_two_copies_from_one_sender_wait_for_each_other() -> None:
     assert abs(two - one) == pytest.approx(4 * 16 * 1000 / 1e8)
 
 
+@pytest.mark.parametrize(
+    ("chunk", "hides", "constant_s"),
+    [(256, False, 0.01), (256, True, 0.002), (26, False, 0.01), (26, True, 0.005)],  # 0.01 - 25 tokens * 2e-4
+)
+def test_a_running_sequence_waits_for_the_chunk_in_its_pass(chunk: int, hides: bool, constant_s: float) -> None:
+    runs = TraceRequest(at_s=0.0, input_tokens=100, output_tokens=40, block_ids=tuple(range(7)))
+    comes = TraceRequest(at_s=0.2, input_tokens=100, output_tokens=1, block_ids=tuple(range(50, 57)))
+    trace = Trace(source="two", block_tokens=16, requests=(runs, comes))
+    hardware = {"tokens_per_pass_max": chunk, "mixed_hides_weights": hides}
+    row, _ = simulate(
+        trace, config(hardware=hardware, noise=0.0, prefill=0, decode=0, coupled=1, admission="none")
+    ).requests
+    new = min(100, chunk - 1)  # beside one step
+    chunk_s = new * 2e-4 + 1e-7 * (new * (100 - new) + 0.5 * new**2)  # the prompt's last one is the longest
+    assert row.tbt_max_s == pytest.approx(constant_s + chunk_s + 1e-4 + 1e-6 * 120, abs=2e-5)
+
+
 def test_nobody_is_told_how_long_an_output_will_be() -> None:
     asked = set()
 

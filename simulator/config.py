@@ -37,7 +37,7 @@ class SimConfig:
         learn: False: the conductor is told of no measurement, so that its beliefs stay.
         macro: steps that change nothing are taken many at once.
         check: invariants after every event.
-        placement, admission: names of policies, as simulator.policies knows them.
+        placement, admission: names of policies, as simulator.policies knows them; the defaults are the product's.
         conductor: the machine's own settings; its SLOs and prior are set from this.
         report_interval_s: between load reports; a node's own default is 0.25.
         records: how many decision records are kept; 0: conductor.records_max of them.
@@ -66,7 +66,7 @@ class SimConfig:
     macro: bool = True
     check: bool = False
     placement: str = "algorithm1"
-    admission: str = "baseline"
+    admission: str = "forecast"
     conductor: ConductorConfig = field(default_factory=ConductorConfig)
     report_interval_s: float = 0.5
     faults: Faults = field(default_factory=Faults)

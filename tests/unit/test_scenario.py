@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from cli.scenario import COMBINATIONS_MAX, Scenario, command, scenario, slug, sweep
+from conductor.admission_config import AdmissionConfig, Mode
+from conductor.admission_policies import admission_named
+from conductor.config import ConductorConfig
 from halfmoon.errors import ConfigError
 
 BASE = Scenario(trace="chat.jsonl", prefill=8, decode=8)
@@ -45,6 +49,18 @@ def test_coupled_nodes_alone_are_a_cluster() -> None:
 
 def test_what_was_not_given_takes_its_default() -> None:
     assert scenario({"trace": "t", "policy": None, "skip_bad": None}) == Scenario(trace="t")
+
+
+def test_admission_and_placement_are_a_new_clusters_unless_told_otherwise() -> None:
+    product, asked = ConductorConfig(), Scenario(trace="t")
+    named = admission_named(asked.policy, product.admission)
+    assert enforced(named) == enforced(product.admission) == {"forecast"}
+    assert named.defer == product.admission.defer
+    assert asked.placement == product.placement.value
+
+
+def enforced(config: AdmissionConfig) -> set[str]:
+    return {name for name, value in asdict(config).items() if value is Mode.ENFORCE}
 
 
 def test_the_command_asks_for_the_same_again() -> None:

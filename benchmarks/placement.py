@@ -129,28 +129,39 @@ def mean(found: dict[Case, Seen], figure: Callable[[Seen], float], **wanted: obj
     return statistics.fmean(map(figure, like))
 
 
+COLUMNS: tuple[tuple[str, Callable[[Seen], float], str], ...] = (
+    ("mean", lambda s: s.ttft_mean_s, ".2f"),
+    ("p50", lambda s: s.ttft_p50_s, ".2f"),
+    ("p99", lambda s: s.ttft_p99_s, ".2f"),
+    ("found %", lambda s: 100 * s.hit_share, ".1f"),
+    ("fetched %", lambda s: 100 * s.remote_share, ".1f"),
+    ("by %", lambda s: 100 * s.fetching, ".1f"),
+    ("prefill s", lambda s: s.prefill_s, ",.0f"),
+)
+"""Found: prompt tokens here or on another node; fetched: from there; by: so many of the requests."""
+
+
 def show(found: dict[Case, Seen], speedup: float) -> None:
     table = Table(box=box.SIMPLE_HEAD, title=f"{CONVERSATION}, 8P+8D, {speedup:g}x: time to first token, seconds")
-    for name in ("placement", "mean", "p50", "p99", "found %", "of it remote %", "against local_prefix"):
+    for name in ("placement", *(column for column, _, _ in COLUMNS), "seeds", "vs local"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     plain = {"compute": 1.0, "link": 1.0}
     base = mean(found, lambda s: s.ttft_mean_s, placement="local_prefix", **plain)
-    for name in POLICIES:
-        figures = [
-            mean(found, figure, placement=name, **plain)
-            for figure in (lambda s: s.ttft_mean_s, lambda s: s.ttft_p50_s, lambda s: s.ttft_p99_s)
-        ]
-        hits = mean(found, lambda s: s.hit_share, placement=name, **plain)
-        remote = mean(found, lambda s: s.remote_share, placement=name, **plain)
-        change = f"{100 * (figures[0] / base - 1):+.1f} %"
-        table.add_row(name, *(f"{f:.2f}" for f in figures), f"{100 * hits:.1f}", f"{100 * remote:.1f}", change)
+    for name in (name for name in POLICIES if any(case.placement == name for case in found)):
+        cells = [format(mean(found, of, placement=name, **plain), spec) for _, of, spec in COLUMNS]
+        own = [s.ttft_mean_s for c, s in found.items() if (c.placement, c.compute, c.link) == (name, 1.0, 1.0)]
+        cells += [f"{min(own):.2f}-{max(own):.2f}", f"{100 * (statistics.fmean(own) / base - 1):+.1f} %"]
+        table.add_row(name, *cells)
     console.print(table)
     table = Table(box=box.SIMPLE_HEAD, title="The same with other hardware: mean TTFT, seconds")
     for name in ("MFU", "link GB/s", *PAIR, "algorithm1 against local_prefix"):
         table.add_column(name, justify="right")
     preset = load_hardware(HARDWARE)
-    for compute, link in dict.fromkeys((c.compute, c.link) for c in found):
-        pair = [mean(found, lambda s: s.ttft_mean_s, placement=n, compute=compute, link=link) for n in PAIR]
+    hardware = sorted({(c.compute, c.link) for c in found})
+    varied = {c.seed for c in found if (c.compute, c.link) != (1.0, 1.0)}
+    same = {case: seen for case, seen in found.items() if case.seed in varied}  # all rows by the same seeds
+    for compute, link in hardware if varied else ():
+        pair = [mean(same, lambda s: s.ttft_mean_s, placement=n, compute=compute, link=link) for n in PAIR]
         table.add_row(
             f"{0.5 * compute:.2f}",
             f"{link * preset.link_bytes_per_s / 1e9:.1f}",

@@ -2,7 +2,7 @@
 
     python -m benchmarks.coupled [--workloads chat,answers] [--seeds 3]
 
-*Capacity*: the highest rate of arrivals at which 90 % of all requests finish within both limits: first token within
+*Sustained rate*: the highest rate of arrivals at which 90 % of all requests finish within both limits: first token in
 30 s (*answers*: 3 s), TBT, the mean of the worst tenth of gaps (FAST'25), within 0.1, 0.2 or 0.3 s. By bisection over
 the trace's speed in steps of 8 %. Nothing is refused, so a run does not depend on the TBT limit, and one serves all
 three. The same number of nodes of the paper's kind (simulator/hardware/a800-llama-70b.yaml) each time: every ratio of
@@ -46,7 +46,7 @@ for. The preset's 8,192 are 2.6 GB, 0.2 s of the link."""
 GOAL = 0.9
 STEP = 1.08
 NEAR = 2
-"""Steps either side of the first seed's capacity in which the others' is searched."""
+"""Steps either side of what the first seed sustains in which the others are searched."""
 PROBES = 8
 """Runs of one search, about: for the progress bar."""
 ANSWERS = Profile(
@@ -241,7 +241,8 @@ def searches(name: str) -> list[Case]:
     clusters += [Nodes(coupled=workload.nodes, chunk=chunk) for chunk in workload.chunks]
     if name == "chat":
         clusters += [Nodes(prefill=p, decode=d, link=8.0) for p, d in workload.ratios[-2:]]
-        clusters += [Nodes(prefill=6, decode=2, chunk=8192), Nodes(coupled=workload.nodes, chunk=512, hides=False)]
+        clusters += [Nodes(prefill=6, decode=2, chunk=8192)]
+        clusters += [Nodes(coupled=workload.nodes, chunk=chunk, hides=False) for chunk in (256, 512)]
     low, high = workload.speeds
     return [Case(workload=name, nodes=nodes, low=low, high=high) for nodes in clusters]
 

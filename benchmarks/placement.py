@@ -1,6 +1,6 @@
 """Shell: the conductor's ways to place on a real trace, in simulation: mean TTFT, and what it hangs on.
 
-    python -m benchmarks.placement [--seeds 3] [--speedup 1.0]
+    python -m benchmarks.placement [--seeds 3] [--speedup 1.0] [--policies …] [--no-sensitivity]
 
 The conversation trace on 8 prefill and 8 decode nodes of the paper's kind (simulator/hardware/a800-llama-70b.yaml),
 nothing refused, every policy of the product; then local-prefix and Algorithm 1 again with the compute and the links
@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import click
@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks.record import save
 from benchmarks.simulations import console, run_cases
 from conductor.config import PlacementName
+from halfmoon.errors import ConfigError
 from halfmoon.types import Outcome
 from simulator.config import SimConfig
 from simulator.presets import load_hardware
@@ -110,14 +111,14 @@ def run_case(case: Case, progress: Callable[[float], None]) -> Seen:
     )
 
 
-def cases(seeds: int, speedup: float) -> list[Case]:
+def cases(policies: Sequence[str], seeds: int, speedup: float, sensitivity: bool) -> list[Case]:
     numbers = range(1, seeds + 1)
-    every = [Case(placement=name, seed=seed, speedup=speedup) for name in POLICIES for seed in numbers]
+    every = [Case(placement=name, seed=seed, speedup=speedup) for name in policies for seed in numbers]
     varied = [(compute, 1.0) for compute in COMPUTE if compute != 1.0] + [(1.0, link) for link in LINKS if link != 1.0]
     few = numbers[: max(1, seeds // 2)]
     return every + [
         Case(placement=name, seed=seed, speedup=speedup, compute=compute, link=link)
-        for compute, link in varied
+        for compute, link in (varied if sensitivity else ())
         for name in PAIR
         for seed in few
     ]
@@ -153,15 +154,19 @@ def show(found: dict[Case, Seen], speedup: float) -> None:
         cells += [f"{min(own):.2f}-{max(own):.2f}", f"{100 * (statistics.fmean(own) / base - 1):+.1f} %"]
         table.add_row(name, *cells)
     console.print(table)
+    varied = {c.seed for c in found if (c.compute, c.link) != (1.0, 1.0)}
+    if varied:
+        show_hardware({case: seen for case, seen in found.items() if case.seed in varied})
+
+
+def show_hardware(found: dict[Case, Seen]) -> None:
+    """Every row by the same seeds."""
     table = Table(box=box.SIMPLE_HEAD, title="The same with other hardware: mean TTFT, seconds")
     for name in ("MFU", "link GB/s", *PAIR, "algorithm1 against local_prefix"):
         table.add_column(name, justify="right")
     preset = load_hardware(HARDWARE)
-    hardware = sorted({(c.compute, c.link) for c in found})
-    varied = {c.seed for c in found if (c.compute, c.link) != (1.0, 1.0)}
-    same = {case: seen for case, seen in found.items() if case.seed in varied}  # all rows by the same seeds
-    for compute, link in hardware if varied else ():
-        pair = [mean(same, lambda s: s.ttft_mean_s, placement=n, compute=compute, link=link) for n in PAIR]
+    for compute, link in sorted({(c.compute, c.link) for c in found}):
+        pair = [mean(found, lambda s: s.ttft_mean_s, placement=n, compute=compute, link=link) for n in PAIR]
         table.add_row(
             f"{0.5 * compute:.2f}",
             f"{link * preset.link_bytes_per_s / 1e9:.1f}",
@@ -174,9 +179,19 @@ def show(found: dict[Case, Seen], speedup: float) -> None:
 @click.command()
 @click.option("--seeds", default=3, show_default=True, help="Of the main table; the other hardware takes half of them.")
 @click.option("--speedup", default=1.0, show_default=True, help="The trace's clock runs this much faster.")
-def main(seeds: int, speedup: float) -> None:
+@click.option("--policies", default=",".join(POLICIES), show_default=True)
+@click.option("--sensitivity/--no-sensitivity", default=True, show_default=True, help="Other hardware as well.")
+def main(seeds: int, speedup: float, policies: str, sensitivity: bool) -> None:
+    """What placement is worth in time to first token."""
     assert set(POLICIES) == {name.value for name in PlacementName}, "every policy of the product is compared"
-    found = run_cases(run_case, cases(seeds, speedup), lambda case: f"{case.placement}, seed {case.seed}")
+    named = policies.split(",")
+    wrong = [name for name in named if name not in POLICIES] or [name for name in PAIR if name not in named]
+    if wrong:
+        expected = f"some of {', '.join(POLICIES)}, {' and '.join(PAIR)} among them"
+        raise ConfigError(key="policies", value=policies, expected=expected)
+    found = run_cases(
+        run_case, cases(named, seeds, speedup, sensitivity), lambda case: f"{case.placement}, seed {case.seed}"
+    )
     show(found, speedup)
     rows = [vars(case) | vars(seen) for case, seen in found.items()]
     console.print(f"raw: {save('placement', {'command': sys.argv[1:], 'hardware': HARDWARE, 'runs': rows})}")

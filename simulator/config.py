@@ -29,6 +29,7 @@ class SimConfig:
         output_factor: output lengths are multiplied by it.
         output_tokens_max: what every request asks for at most; 0: the longest output of the trace, at least 2,048.
             It is all that the conductor knows of an output's length: where one ends is a stop token of the engine's.
+        outputs_told: each request asks for its own output's length instead, so that the conductor knows it.
         slo_ttft_s, slo_tbt_s: of every request.
         deadline_s: of every request.
         noise: standard deviation of the logarithm of true pass times.
@@ -56,6 +57,7 @@ class SimConfig:
     jitter_s: float = 3.0
     output_factor: float = 1.0
     output_tokens_max: int = 0
+    outputs_told: bool = False
     slo_ttft_s: float | None = 30.0
     slo_tbt_s: float | None = 0.1
     deadline_s: float = 600.0

@@ -93,6 +93,7 @@ def settings_of(trace: Trace, config: SimConfig) -> dict[str, object]:
         "jitter_s": config.jitter_s,
         "seed": config.seed,
         "output_factor": config.output_factor,
+        "outputs_told": config.outputs_told,
         "slo_ttft_s": config.slo_ttft_s,
         "slo_tbt_s": config.slo_tbt_s,
         "decode_room_tokens": config.hardware.decode_blocks * config.hardware.block_tokens,

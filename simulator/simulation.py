@@ -168,11 +168,12 @@ class Simulation:
         if self._num_arrived < len(self._arrivals):
             self.world.at(self._arrivals[self._num_arrived][0], self._arrive)
         planned = self._prompts.plan(request, ordinal, self.config.output_factor)
+        told = self.config.outputs_told
         spec = RequestSpec(
             request_id=planned.request_id,
             token_ids=planned.token_ids,
             block_hashes=planned.hashes,
-            sampling=self._sampling,
+            sampling=replace(self._sampling, max_tokens=planned.output_tokens) if told else self._sampling,
             front_end="simulated",
             deadline_s=self.config.deadline_s,
             slo=Slo(ttft_s=self.config.slo_ttft_s, tbt_s=self.config.slo_tbt_s),

@@ -78,6 +78,20 @@ def scale_outputs(trace: Trace, factor: float) -> Trace:
     return _derived(trace, requests, f"outputs x{factor:g}")
 
 
+def shrink(trace: Trace, factor: int) -> Trace:
+    """Prompts and blocks `factor` times as short, for a model and a host that are so much smaller; outputs as they are.
+
+    Who shares what with whom stays: a prompt's names cover it as before, block by block.
+
+    Raises:
+        InvalidRequest: the factor is less than 1, or does not divide the trace's block.
+    """
+    fits = factor >= 1 and trace.block_tokens % factor == 0
+    _require(fits, "shrink", factor, f"a divisor of {trace.block_tokens}, the tokens of a block")
+    requests = tuple(replace(r, input_tokens=-(-r.input_tokens // factor)) for r in trace.requests)
+    return replace(_derived(trace, requests, f"prompts /{factor}"), block_tokens=trace.block_tokens // factor)
+
+
 def assign_priorities(trace: Trace, rng: Random, shares: Mapping[int, float]) -> Trace:
     """Give each request a priority by chance: {0: 3, 1: 1} gives a quarter of them priority 1.
 

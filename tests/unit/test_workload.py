@@ -13,7 +13,7 @@ from workload.arrivals import arrival_times
 from workload.statistics import statistics
 from workload.synthetic import generate, profile
 from workload.trace import Trace, TraceRequest
-from workload.transforms import assign_priorities, head, jitter, scale_outputs, speedup, window
+from workload.transforms import assign_priorities, head, jitter, scale_outputs, shrink, speedup, window
 
 
 def request(at_s: float, output_tokens: int = 10) -> TraceRequest:
@@ -49,6 +49,20 @@ def test_jitter_fills_the_ticks_evenly_and_keeps_their_order() -> None:
         assert st.pstdev(inside) == pytest.approx(3 / 12**0.5, abs=0.1)
     assert jitter(trace(*ticks), Random(1)) == spread
     assert jitter(trace(*ticks), Random(2)) != spread
+
+
+def test_shrunk_prompts_share_what_they_shared() -> None:
+    whole = generate(profile("conversation"), 200, Random(3))
+    small = shrink(whole, 32)
+    assert small.block_tokens == 16
+    assert [r.block_ids for r in small.requests] == [r.block_ids for r in whole.requests]
+    for before, after in zip(whole.requests, small.requests, strict=True):
+        assert after.input_tokens == -(-before.input_tokens // 32)
+        assert -(-after.input_tokens // 16) == len(after.block_ids)
+        assert (after.at_s, after.output_tokens) == (before.at_s, before.output_tokens)
+    for factor in (0, 3):
+        with pytest.raises(InvalidRequest, match="shrink"):
+            shrink(whole, factor)
 
 
 def test_parts_of_a_trace() -> None:

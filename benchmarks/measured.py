@@ -19,6 +19,9 @@ from core.messages import LoadReport, PassSample, TransferSample
 PRIOR_WEIGHT = 1e-6
 """Of the prior, per sample: it decides what no sample says anything about."""
 
+ROUNDS = 4
+"""Of weighing anew: after the third nothing changes in the fourth digit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
@@ -31,11 +34,16 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """Coefficients as core.cost.CostPrior's; spread: standard deviation of ln(actual / fitted)."""
+    """Coefficients as core.cost.CostPrior's, of the mean; spread: standard deviation of ln(actual / fitted)."""
 
     coefficients: tuple[float, ...]
     spread: float
     samples: int
+
+    @property
+    def median(self) -> tuple[float, ...]:
+        """The coefficients of the median, if the spread is lognormal, as the simulator's noise is."""
+        return tuple(value * math.exp(-0.5 * self.spread**2) for value in self.coefficients)
 
 
 def samples_of(recording: Path) -> Samples:
@@ -55,6 +63,15 @@ def samples_of(recording: Path) -> Samples:
     )
 
 
+def joined(runs: Sequence[Samples]) -> Samples:
+    """All of them."""
+    return Samples(
+        prefill=tuple(p for run in runs for p in run.prefill),
+        steps=tuple(s for run in runs for s in run.steps),
+        pulls=tuple(p for run in runs for p in run.pulls),
+    )
+
+
 def fitted(samples: Samples, prior: CostPrior) -> tuple[Fitted, Fitted, Fitted]:
     """Prefill passes, decode steps, pulls.
 
@@ -68,19 +85,37 @@ def fitted(samples: Samples, prior: CostPrior) -> tuple[Fitted, Fitted, Fitted]:
 
 
 def fit(measured: Sequence[tuple[Sequence[float], float]], prior: Sequence[float]) -> Fitted:
-    """Non-negative least squares over relative errors. `measured`: (features, seconds), the first feature constant.
+    """Non-negative least squares, each sample's error taken relative to what the fit before gives for it: so the fit
+    is of the mean, and a slow sample does not count less than a quick one. `measured`: (features, seconds).
 
     Raises:
         ValueError: nothing was measured.
     """
     if not measured:
         raise ValueError("nothing to fit to")
-    size, lead = len(prior), PRIOR_WEIGHT * len(measured)
-    rows = [[p * x / seconds for p, x in zip(prior, features, strict=True)] for features, seconds in measured]
-    matrix = [
-        [sum(row[i] * row[j] for row in rows) + (lead if i == j else 0.0) for j in range(size)] for i in range(size)
-    ]
-    factors = non_negative(matrix, [sum(row[i] for row in rows) + lead for i in range(size)])
-    found = tuple(f * p for f, p in zip(factors, prior, strict=True))
-    logs = [-math.log(sum(f * x for f, x in zip(factors, row, strict=True))) for row in rows]
+    found, scales = tuple(prior), [seconds for _, seconds in measured]
+    for _ in range(ROUNDS):
+        found = _weighed(measured, prior, scales)
+        scales = [_at(found, features) for features, _ in measured]
+    logs = [math.log(seconds / _at(found, features)) for features, seconds in measured]
     return Fitted(coefficients=found, spread=statistics.pstdev(logs), samples=len(measured))
+
+
+def _at(coefficients: Sequence[float], features: Sequence[float]) -> float:
+    return sum(c * x for c, x in zip(coefficients, features, strict=True))
+
+
+def _weighed(
+    measured: Sequence[tuple[Sequence[float], float]], prior: Sequence[float], scales: Sequence[float]
+) -> tuple[float, ...]:
+    """In multiples of the prior, so that all is of order one. `scales`: of each sample's error, in seconds."""
+    size, lead = len(prior), PRIOR_WEIGHT * len(measured)
+    rows = [
+        ([p * x / scale for p, x in zip(prior, features, strict=True)], seconds / scale)
+        for (features, seconds), scale in zip(measured, scales, strict=True)
+    ]
+    matrix = [
+        [sum(row[i] * row[j] for row, _ in rows) + (lead if i == j else 0.0) for j in range(size)] for i in range(size)
+    ]
+    factors = non_negative(matrix, [sum(row[i] * value for row, value in rows) + lead for i in range(size)])
+    return tuple(f * p for f, p in zip(factors, prior, strict=True))

@@ -13,11 +13,18 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from conductor.config import ConductorConfig
+from conductor.desk import Layout
+from conductor.machine import ConductorMachine
+from halfmoon._request import Options
+from halfmoon.blocks import Fingerprint
 from halfmoon.client import AsyncClient, AsyncGeneration
 from halfmoon.errors import Rejected
 from halfmoon.types import Outcome
 from report.gaps import tbt_of
 from report.records import RequestRow, Run
+from simulator.config import SimConfig
+from simulator.simulation import MakeConductor
 from workload.trace import Trace, TraceRequest
 
 
@@ -25,9 +32,20 @@ from workload.trace import Trace, TraceRequest
 class Asked:
     """What every request asks for. vocabulary: prompts are made of token ids in [first, second)."""
 
-    slo_ttft_s: float
-    slo_tbt_s: float
     vocabulary: tuple[int, int]
+    slo_ttft_s: float | None = None
+    slo_tbt_s: float | None = None
+
+    def options(self, request: TraceRequest, name: str) -> Options:
+        options: Options = {
+            "request_id": name, "max_tokens": request.output_tokens, "temperature": 0.0, "ignore_eos": True,
+            "priority": request.priority,
+        }  # fmt: skip
+        if self.slo_ttft_s is not None:
+            options["slo_ttft_s"] = self.slo_ttft_s
+        if self.slo_tbt_s is not None:
+            options["slo_tbt_s"] = self.slo_tbt_s
+        return options
 
 
 def prompt_of(request: TraceRequest, block_tokens: int, vocabulary: tuple[int, int]) -> list[int]:
@@ -65,10 +83,7 @@ async def _one(
 ) -> RequestRow:
     await asyncio.sleep(max(0.0, start_s + request.at_s - time.perf_counter()))
     sent_s = time.perf_counter()
-    stream = client.generate(
-        tokens, max_tokens=request.output_tokens, temperature=0.0, ignore_eos=True, request_id=name,
-        slo_ttft_s=asked.slo_ttft_s, slo_tbt_s=asked.slo_tbt_s, priority=request.priority,
-    )  # fmt: skip
+    stream = client.generate(tokens, **asked.options(request, name))
     came_s: list[float] = []
     outcome, reason = Outcome.FINISHED, ""
     try:
@@ -109,6 +124,19 @@ def _server_side(stream: AsyncGeneration) -> dict[str, Any]:
         "prefill_node": usage.prefill_node,
         "decode_node": usage.decode_node,
     }
+
+
+def same_conductor(settings: ConductorConfig) -> MakeConductor:
+    """For `simulate`: a conductor with the settings of a real one, in the place of those that a preset implies."""
+
+    def make(
+        config: SimConfig, fingerprint: Fingerprint, _factors: dict[str, float], _rng: random.Random
+    ) -> ConductorMachine:
+        hardware = config.hardware
+        layout = Layout(block_size=hardware.block_tokens, block_bytes=hardware.block_bytes)
+        return ConductorMachine(config=settings, layout=layout, conductor_id="simulated", fingerprint=fingerprint)
+
+    return make
 
 
 async def message_s(client: AsyncClient, vocabulary: tuple[int, int], probes: int = 9) -> float:

@@ -33,6 +33,7 @@ class SimConfig:
         slo_ttft_s, slo_tbt_s: of every request.
         deadline_s: of every request.
         noise: standard deviation of the logarithm of true pass times.
+        step_noise: of a decode worker's steps, where it is another; None: it is not.
         belief_bias: each cost term's prior is this share above or below the truth, by a draw of the seed.
         belief_factors: by term (prefill, decode, transfer): instead of that draw.
         learn: False: the conductor is told of no measurement, so that its beliefs stay.
@@ -62,6 +63,7 @@ class SimConfig:
     slo_tbt_s: float | None = 0.1
     deadline_s: float = 600.0
     noise: float = 0.05
+    step_noise: float | None = None
     belief_bias: float = 0.2
     belief_factors: Mapping[str, float] = field(default_factory=dict)
     learn: bool = True
@@ -82,6 +84,7 @@ class SimConfig:
             self._require(getattr(self, name) >= 0, name, "0 or more")
         for name in ("speedup", "output_factor", "deadline_s"):
             self._require(getattr(self, name) > 0, name, "above 0")
+        self._require(self.step_noise is None or self.step_noise >= 0, "step_noise", "0 or more, or none")
         for name in ("slo_ttft_s", "slo_tbt_s"):
             value = getattr(self, name)
             self._require(value is None or value > 0, name, "seconds above 0, or none")

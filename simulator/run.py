@@ -98,6 +98,7 @@ def settings_of(trace: Trace, config: SimConfig) -> dict[str, object]:
         "slo_tbt_s": config.slo_tbt_s,
         "decode_room_tokens": config.hardware.decode_blocks * config.hardware.block_tokens,
         "noise": config.noise,
+        "step_noise": config.step_noise,
         "belief_bias": config.belief_bias,
         "belief_factors": dict(config.belief_factors),
         "learn": config.learn,

@@ -248,6 +248,7 @@ class Simulation:
         config, hardware = self.config, self.config.hardware
         self._incarnations[name] += 1
         number = self._incarnations[name]
+        noise = config.noise if role is not Role.DECODE or config.step_noise is None else config.step_noise
         decodes_only = role is Role.DECODE
         device = hardware.decode_blocks if decodes_only else hardware.prefill_blocks
         dram = hardware.decode_dram_blocks if decodes_only else hardware.prefill_dram_blocks
@@ -276,9 +277,7 @@ class Simulation:
             info=info,
             machine=self._machine(info, cache),
             cache=cache,
-            engine=TrueEngine(
-                hardware, self._prompts.planned, Noise(self._rng(f"noise/{name}.{number}"), config.noise)
-            ),
+            engine=TrueEngine(hardware, self._prompts.planned, Noise(self._rng(f"noise/{name}.{number}"), noise)),
             transfers=TransferMachine(block_bytes=hardware.block_bytes, pins=cache, verify=False, limits=limits),
             steady=config.macro and decodes_only,
             learn=config.learn,

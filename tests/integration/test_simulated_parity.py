@@ -17,7 +17,7 @@ from random import Random
 import pytest
 
 from benchmarks.measured import Samples, samples_of
-from benchmarks.real_run import Asked, message_s, play
+from benchmarks.real_run import Asked, message_s, play, same_conductor
 from conductor.config import ConductorConfig
 from conductor.effects import Slo
 from report.records import RequestRow, Run
@@ -102,8 +102,6 @@ async def real(recording: Path) -> tuple[Run, float]:
     ) as (_, client):
         await asyncio.sleep(1.0)  # nobody is young any more
         seconds = await message_s(client, VOCABULARY)
-        assert LIMITS.ttft_s is not None
-        assert LIMITS.tbt_s is not None
         asked = Asked(slo_ttft_s=LIMITS.ttft_s, slo_tbt_s=LIMITS.tbt_s, vocabulary=VOCABULARY)
         return await play(client, WORKLOAD, asked, "real"), seconds
 
@@ -122,16 +120,10 @@ def simulated(hardware: Hardware, noise: float) -> list[RequestRow]:
             slo_ttft_s=LIMITS.ttft_s,
             slo_tbt_s=LIMITS.tbt_s,
             noise=noise,
-            belief_factors={
-                "prefill": PASS_S / hardware.prefill_pass_s,
-                "decode": PASS_S / hardware.decode_step_s,
-                "transfer": 1.0,
-            },
-            admission="forecast",
             conductor=CONDUCTOR,
             report_interval_s=0.25,
         )
-        rows += simulate(WORKLOAD, config).requests
+        rows += simulate(WORKLOAD, config, conductor=same_conductor(CONDUCTOR)).requests
     return rows
 
 

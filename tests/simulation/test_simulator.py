@@ -112,6 +112,27 @@ def test_nobody_is_told_how_long_an_output_will_be() -> None:
     assert len({row.output_tokens for row in done.requests}) > 10
 
 
+def test_a_request_may_say_how_long_its_output_will_be() -> None:
+    asked = []
+
+    def conductor(*args: object) -> ConductorMachine:
+        machine = make_conductor(*args)  # type: ignore[arg-type]
+        listen = machine.on_request
+        machine.on_request = lambda spec, now_s: asked.append(spec.sampling.max_tokens) or listen(spec, now_s)  # type: ignore
+        return machine
+
+    done = simulate(chats(1, 30), config(outputs_told=True), conductor=conductor)
+    assert asked == [row.output_tokens for row in done.requests]
+
+
+def test_steps_may_vary_more_than_passes() -> None:
+    calm, uneven = (
+        simulate(chats(1, 30), config(noise=0.0, step_noise=spread, admission="none")).requests for spread in (0.0, 0.5)
+    )
+    assert calm[0].ttft_s == uneven[0].ttft_s
+    assert [row.tbt_max_s for row in calm] != [row.tbt_max_s for row in uneven]
+
+
 # ---- the same story ----
 
 

@@ -6,11 +6,13 @@ from random import Random
 
 import pytest
 
+from benchmarks.calibration import Costs, preset
 from benchmarks.measured import Samples, fit, fitted
 from benchmarks.real_run import prompt_of
 from core.cost import CostPrior
 from core.messages import PassSample, TransferSample
 from halfmoon.types import NodeId
+from simulator.presets import hardware_of
 from workload.trace import TraceRequest
 
 
@@ -47,6 +49,23 @@ def test_noise_is_told_and_no_coefficient_is_negative() -> None:
     assert found.spread == pytest.approx(0.1, abs=0.03)
     with pytest.raises(ValueError, match="nothing"):
         fit([], (1.0,))
+
+
+def test_a_preset_says_the_median_of_what_was_measured() -> None:
+    """The simulator's noise has median 1, so its mean pass is a little longer."""
+    prefill = [((1.0, 100.0, 0.0), Random(i).lognormvariate(0.0, 0.3)) for i in range(2000)]
+    steps, pulls = [((1.0, 1.0, 100.0), 0.02)] * 9, [((1.0, 1e6), 0.001)] * 9
+    prior = CostPrior()
+    costs = Costs(
+        prefill=fit(prefill, prior.prefill),
+        step=fit(steps, prior.decode),
+        pull=fit(pulls, prior.transfer),
+        message_s=0.001,
+    )
+    hardware = hardware_of(preset(costs), "measured")
+    assert costs.prefill.spread == pytest.approx(0.3, abs=0.02)
+    assert hardware.prefill_pass_s + 100 * hardware.prefill_token_s == pytest.approx(1.0, rel=0.03)
+    assert hardware.link_s + 1e6 / hardware.link_bytes_per_s == pytest.approx(0.001, rel=0.01)
 
 
 def test_prompts_are_alike_exactly_as_far_as_their_block_ids() -> None:

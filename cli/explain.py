@@ -73,7 +73,7 @@ def _terms(record: Record) -> Table:
         "prefill_s": f"prefill of {_new_tokens(record, choice)} tokens",
         "ttft_s": "= time to first token",
         "second_gap_s": "first to second token",
-        "handover_s": "  of it: the rest of the pull, joining",
+        "handover_s": "  of it: the rest of the pull",
         "tbt_s": "gap between later tokens, mean",
         "tbt_worst_s": "TBT: mean of the longest tenth of gaps",
         "pull_s": "the pull: alone; with waiting for blocks",

@@ -216,9 +216,17 @@ class DecisionRecord:
             "tbt_s": Term(choice.decode.tbt_s, seen.tbt_mean_s),
             "tbt_worst_s": Term(None, seen.tbt_worst_s),
             "second_gap_s": Term(choice.handover_s + choice.decode.tbt_s, seen.second_gap_s),
-            "handover_s": Term(choice.handover_s, _handover_s(seen)),
+            "handover_s": Term(choice.handover_s, self._handed_over_s(given)),
             "pull_s": Term(choice.pull_s, None if joined is None else joined.pull_s),
         }
+
+    def _handed_over_s(self, given: Choice | None) -> float | None:
+        """From the news of the first token to the news that all blocks are on the decode worker; None: no such news,
+        or it was another attempt's."""
+        joined_s, done_s = self.decode_joined_s, self.prefill_done_s
+        if joined_s is None or done_s is None or given is not self.choices[-1]:
+            return None
+        return max(0.0, joined_s - done_s)
 
     def prediction_errors(self) -> dict[str, float]:
         """Actual minus predicted seconds of every term of which both are known, and mean the same."""
@@ -238,13 +246,6 @@ class DecisionRecord:
             "prediction_errors": self.prediction_errors(),
         }
         return {name: plain(value) for name, value in told.items()}
-
-
-def _handover_s(seen: Seen) -> float | None:
-    """Of the first gap what is neither the step that made the second token nor, by half a step, the wait for it."""
-    if seen.second_gap_s is None or seen.tbt_mean_s is None:
-        return None
-    return max(0.0, seen.second_gap_s - 1.5 * seen.tbt_mean_s)
 
 
 class Decisions:

@@ -264,13 +264,16 @@ class Pricing:
     def handover_s(self, prefill: PrefillBid, sending_bytes: float, decode: DecodeBid) -> float:
         """What the decode worker's pull takes beyond the first token: the transfer term that joins the two halves.
 
-        Its own bytes can move while they are computed, the `sending_bytes` promised to others before from now on.
+        Its own bytes can move while later ones are computed, but what the prompt's last pass computes cannot: of a
+        prompt of one pass that is all. The `sending_bytes` promised to others go before it from now on.
         """
-        source, cost = prefill.worker.node_id, decode.worker.cost
-        num_bytes = (self.query.blocks_prefill - decode.hit_blocks) * self.query.block_bytes
+        query, source, cost = self.query, prefill.worker.node_id, decode.worker.cost
+        blocks = query.blocks_prefill - decode.hit_blocks
+        num_bytes = blocks * query.block_bytes
         alone_s = cost.transfer_seconds(num_bytes, source)
         behind_s = cost.transfer_seconds(num_bytes + sending_bytes, source) if sending_bytes else alone_s
-        return max(0.0, alone_s - prefill.prefill_s, behind_s - prefill.ttft_s)
+        last_s = cost.transfer_seconds(min(blocks, _last_pass_blocks(query, prefill)) * query.block_bytes, source)
+        return max(last_s, alone_s - prefill.prefill_s, behind_s - prefill.ttft_s)
 
     def pull_s(self, prefill: PrefillBid, decode: DecodeBid) -> float:
         """What that pull takes alone, its blocks being there already."""
@@ -331,6 +334,14 @@ def fits_prefill(query: Query, worker: Worker) -> bool:
 
 def fits_decode(query: Query, worker: Worker) -> bool:
     return worker.decodes and query.blocks_max <= worker.num_blocks
+
+
+def _last_pass_blocks(query: Query, prefill: PrefillBid) -> int:
+    """Blocks that its last pass fills or begins, if no other prompt shares its passes."""
+    cached = (prefill.hit_blocks if prefill.sender is None else prefill.sender.blocks) * query.block_size
+    most = max(1, prefill.worker.info.tokens_per_pass_max)
+    new_tokens = (query.num_tokens - cached - 1) % most + 1
+    return query.blocks_prefill - (query.num_tokens - new_tokens) // query.block_size
 
 
 def _mixing(query: Query, worker: Worker, cached_blocks: int) -> Estimate:

@@ -142,10 +142,17 @@ class Twin:
         return max(tbt_load, blocks, (worker.batch + 1) / worker.sequences_max)
 
     def handover_s(self, source: Worker, prefill: dict, worker: Worker) -> float:
-        num_bytes = (self.query.blocks_prefill - self.own[worker.node_id]) * self.query.block_bytes
+        query = self.query
+        missing = range(self.own[worker.node_id], query.blocks_prefill)
+        num_bytes = len(missing) * query.block_bytes
+        start = prefill["blocks"] * query.block_size
+        while query.num_tokens - start > source.info.tokens_per_pass_max:
+            start += source.info.tokens_per_pass_max
+        last = [i for i in missing if (i + 1) * query.block_size > start]
+        last_s = worker.cost.transfer_s(len(last) * query.block_bytes, source.node_id).seconds
         alone_s = worker.cost.transfer_s(num_bytes, source.node_id).seconds
         behind_s = worker.cost.transfer_s(num_bytes + source.sending_bytes(NOW_S), source.node_id).seconds
-        return max(0.0, alone_s - prefill["prefill_s"], behind_s - prefill["ttft_s"])
+        return max(last_s, alone_s - prefill["prefill_s"], behind_s - prefill["ttft_s"])
 
     def decide(self) -> tuple | None:
         query, config = self.query, self.scene.config

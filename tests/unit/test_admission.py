@@ -323,7 +323,7 @@ def test_a_record_tells_the_whole_story_as_json() -> None:
     ]  # fmt: skip
     assert (told["outcome"], told["output_tokens"]) == (Outcome.FINISHED, 8)
     assert set(told["stats"]) == {"2.prefill", "2.decode"}
-    assert set(told["prediction_errors"]) == {"ttft_s", "queue_s", "fetch_s", "prefill_s"}
+    assert set(told["prediction_errors"]) == {"ttft_s", "queue_s", "fetch_s", "prefill_s", "handover_s"}
 
 
 def test_ended_records_are_bounded_oldest_first() -> None:

@@ -293,7 +293,18 @@ def test_among_equal_halves_the_pair_with_the_shortest_hand_over_is_picked() -> 
     assert scene.picked() == ("p1", "d1")
     placement = scene.place()
     assert placement is not None
-    assert placement.handover_s == 0.0  # one block of 1 ms, while the prompt takes 171 ms
+    assert placement.handover_s == pytest.approx(0.002)  # 1 ms and a block of 1 ms, of the last pass: it hides nowhere
+
+
+def test_what_the_last_pass_computes_cannot_have_moved_before_its_end() -> None:
+    """Eleven blocks, 161 tokens: in passes of 64 the last one fills or begins three, in one pass all of them."""
+    for most, cached, blocks in ((64, 0, 3), (512, 0, 11), (512, 6, 5), (64, 9, 2), (1, 0, 1)):
+        scene = Scene()
+        scene.add("p0", cached=cached, tokens_per_pass_max=most)
+        scene.add("d0")
+        placement = scene.place()
+        assert placement is not None
+        assert placement.handover_s == pytest.approx(0.001 * (1 + blocks))
 
 
 def test_a_busy_sender_does_not_outweigh_an_earlier_first_token() -> None:

@@ -99,7 +99,7 @@ class Search:
         shape = candidate.shape
         return replace(
             self.base, prefill=shape.prefill, decode=shape.decode, coupled=shape.coupled, policy=candidate.policy,
-            belief_factor=candidate.belief,
+            belief="" if candidate.belief is None else f"{candidate.belief:g}",
         )  # fmt: skip
 
 

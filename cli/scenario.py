@@ -6,6 +6,7 @@ and faults are checked by those who know them.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any
 
+from conductor.config import Fit
 from halfmoon.errors import ConfigError
 from service.settings import load, parse_overrides
-from simulator.config import SimConfig
+from simulator.config import BELIEFS, SimConfig
 
 COMBINATIONS_MAX = 1000
 """Of one sweep: at a few seconds each, an hour on one core, and as many lines in a table as anybody reads."""
@@ -23,8 +25,12 @@ COMBINATIONS_MAX = 1000
 NODES_MAX = 1000  # of one role: ten times the clusters that the conductor is built for
 SCALE_MAX = 1e6  # of speed and output lengths: beyond it times no longer differ
 
-SHOWN_AS = {"slo_ttft_s": "slo_ttft", "slo_tbt_s": "slo_tbt", "jitter_s": "jitter", "belief_factor": "belief"}
+SHOWN_AS = {"slo_ttft_s": "slo_ttft", "slo_tbt_s": "slo_tbt", "jitter_s": "jitter"}
 """Field -> option: an option's unit stands in its help."""
+
+
+FITS = tuple(fit.value for fit in Fit)
+COSTS = tuple(term for term in BELIEFS if term != "queue")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +46,10 @@ class Scenario:
         policy: of admission; "none" takes everything on.
         faults: as simulator.faults reads them: "crash=2,storm".
         belief_bias: each cost term is believed this share too high or too low, by a draw of the seed.
-        belief_factor: every term is believed this many times what it is, instead of that draw.
-        learn: beliefs are corrected by what workers measure.
+        belief: instead of that draw: every cost is believed this many times what it is ("1.2"); or the terms that are
+            named ("prefill=10,queue=2"), the others being drawn. "queue" is the books of a prefill worker's queue.
+        learn: the conductor is told what workers measure.
+        fit: "online": beliefs are corrected by that. "frozen": they are a profile, trusted as they stand, for good.
         check: verify every invariant after every event.
         exact: take every decode step by itself, instead of many that change nothing at once.
 
@@ -66,8 +74,9 @@ class Scenario:
     slo_tbt_s: float = 0.1
     faults: str = ""
     belief_bias: float = SimConfig.belief_bias
-    belief_factor: float | None = None
+    belief: str = ""
     learn: bool = True
+    fit: str = Fit.ONLINE.value
     seed: int = SimConfig.seed
     check: bool = False
     exact: bool = False
@@ -85,9 +94,9 @@ class Scenario:
         _require(bool(both), "prefill", nodes, "a prefill and a decode node, or a coupled one, at least")
         _require(self.requests is None or self.requests >= 1, "requests", self.requests, "at least 1, or all")
         _require(self.jitter_s is None or 0 <= self.jitter_s <= 3600, "jitter_s", self.jitter_s, "0 (off) to 3600 s")
-        bias, factor = self.belief_bias, self.belief_factor
-        _require(0 <= bias < 1, "belief_bias", bias, "a share in [0, 1)")
-        _require(factor is None or 0.01 <= factor <= 100, "belief_factor", factor, "0.01 to 100 times the truth")
+        _require(0 <= self.belief_bias < 1, "belief_bias", self.belief_bias, "a share in [0, 1)")
+        _require(self.fit in FITS, "fit", self.fit, f"one of {', '.join(FITS)}")
+        beliefs(self.belief)
         _require(0 <= self.seed < 2**63, "seed", self.seed, "an integer in [0, 2^63)")
 
     @property
@@ -95,6 +104,32 @@ class Scenario:
         """As "8P+8D", "16C", "4P+4D+2C"."""
         counts = ((self.prefill, "P"), (self.decode, "D"), (self.coupled, "C"))
         return "+".join(f"{number}{letter}" for number, letter in counts if number)
+
+
+def beliefs(text: str) -> dict[str, float]:
+    """ "1.2" -> of every cost; "prefill=10,queue=2" -> of those terms; "" -> of none.
+
+    Raises:
+        ConfigError: a term that there is not, or twice; a factor that is none.
+    """
+    found: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        term, equals, number = part.partition("=") if "=" in part else ("", "", part)
+        terms = (term.strip(),) if equals else COSTS
+        factor = _number(number)
+        known = f"0.01 to 100 times the truth, of all costs or by term ({', '.join(BELIEFS)}): 1.2, prefill=10,queue=2"
+        _require(set(terms) <= set(BELIEFS) and found.keys().isdisjoint(terms), "belief", text, known)
+        _require(0.01 <= factor <= 100, "belief", text, known)
+        found |= dict.fromkeys(terms, factor)
+    return found
+
+
+def _number(text: str) -> float:
+    """NaN: it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def command(scenario: Scenario) -> str:

@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cli.parallel import Crash, cores, require_all, run_all
-from cli.scenario import Scenario, command, scenario, slug, sweep
+from cli.scenario import FITS, Scenario, command, scenario, slug, sweep
 from cli.simulating import (
     REPORT,
     Job,
+    Tape,
     admissions,
     config_of,
     simulate_job,
@@ -30,6 +31,7 @@ from cli.tables import make_console
 from report.curves import Sketch
 from report.html import comparison_page
 from report.tables import comparison_tables, ranking_table, run_tables
+from simulator.config import BELIEFS
 from simulator.policies import PLACEMENTS
 from simulator.presets import presets
 from workload.files import find_trace
@@ -63,8 +65,12 @@ CLUSTER_OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...
     click.option("--faults", help='What goes wrong, how often: "crash=2,partition=1,storm=3".'),
     click.option("--belief-bias", type=float, help="Each cost is believed this share too high or too low, by a draw of "
                  f"the seed.  [default: {Scenario.belief_bias:g}]"),
-    click.option("--belief", "belief_factor", type=float, help="Or: all costs are believed so many times the truth."),
-    click.option("--learn/--no-learn", default=None, help="Whether measurements correct beliefs.  [default: learn]"),
+    click.option("--belief", help='Or: all costs are believed so many times the truth ("1.2"), or those named '
+                 f'("prefill=10"), of {", ".join(BELIEFS)}.'),
+    click.option("--learn/--no-learn", default=None, help="Whether the conductor is told what workers measure.  "
+                 "[default: learn]"),
+    click.option("--fit", help=f"{', '.join(FITS)}: beliefs are corrected by measurements, or trusted as they are.  "
+                 f"[default: {Scenario.fit}]"),
     click.option("--check", is_flag=True, default=None, help="Verify every invariant after every event."),
     click.option("--exact", is_flag=True, default=None, help="Take every decode step by itself: slower, equal."),
 )  # fmt: skip
@@ -91,19 +97,32 @@ def with_options(
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Folder for the files.  [default: runs/…, named after the run]"
 )
-def simulate(sweeps: tuple[str, ...], jobs: int | None, out: str | None, **given: object) -> None:
+@click.option(
+    "--record", type=click.Path(dir_okay=False, path_type=Path), help="Record the conductor's inputs, for `replay`."
+)
+def simulate(sweeps: tuple[str, ...], jobs: int | None, out: str | None, record: Path | None, **given: object) -> None:
     """Simulate a cluster on a trace; print what came of it; leave Parquet, JSON and an HTML report."""
     asked = scenario(given)
     combinations = sweep(asked, sweeps) if sweeps else [("", asked)]
     for _, one in combinations:
         config_of(one)  # refuses what nobody knows before anything runs
         find_trace(one.trace)
+    if record is not None:
+        _require_one_conductor(sweeps, asked)
     console = make_console()
     directory = Path(out) if out else Path("runs") / default_name(asked, sweeps)
     if sweeps:
         _simulate_many(combinations, directory, jobs or cores(), console, _sweep_command(asked, sweeps))
     else:
-        _simulate_one(asked, directory, console)
+        _simulate_one(asked, directory, console, record)
+
+
+def _require_one_conductor(sweeps: Sequence[str], asked: Scenario) -> None:
+    """A recording is of one conductor, from its beginning."""
+    if sweeps:
+        raise click.UsageError("--record goes with one run, not with --sweep")
+    if config_of(asked).faults.conductor:
+        raise click.UsageError("--record is of one conductor: it does not go with the fault `conductor`")
 
 
 def default_name(asked: Scenario, sweeps: Sequence[str]) -> str:
@@ -124,13 +143,22 @@ def progress_bar(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _simulate_one(asked: Scenario, directory: Path, console: Console) -> None:
+def _simulate_one(asked: Scenario, directory: Path, console: Console, record: Path | None) -> None:
     trace = trace_of(asked)
-    with progress_bar(make_console(stderr=True)) as bar:
-        task = bar.add_task(f"simulating {len(trace.requests):,} requests", total=1.0)
-        found, run = simulate_scenario(asked, trace, "", lambda share: bar.update(task, completed=share))
+    tape = None if record is None else Tape(record)
+    why = "the simulation failed"
+    try:
+        with progress_bar(make_console(stderr=True)) as bar:
+            task = bar.add_task(f"simulating {len(trace.requests):,} requests", total=1.0)
+            found, run = simulate_scenario(asked, trace, "", lambda share: bar.update(task, completed=share), tape)
+        why = "the simulation ended"
+    finally:
+        if tape is not None:
+            tape.close(why)
     write(run, found, directory)
     console.print(*run_tables(found), sep="\n")
+    if tape is not None:
+        console.print(f"Recording: {escape(str(tape.path))}", soft_wrap=True)
     console.print(f"Report: {escape(str(directory / REPORT))}", soft_wrap=True)
 
 

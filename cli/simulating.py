@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from io import BufferedWriter
 from pathlib import Path
 
-from cli.scenario import Scenario, command
+from cli.scenario import Scenario, beliefs, command
 from conductor.admission_policies import ALL_NAMES
+from conductor.config import ConductorConfig, Fit
+from conductor.recording import ending_line
 from halfmoon.errors import ConfigError
 from report import files
 from report.curves import Sketch, sketch
 from report.html import run_page
 from report.records import Run
+from service.lines import create_fresh
 from simulator.config import SimConfig
 from simulator.faults import parse_faults
-from simulator.policies import PLACEMENTS
+from simulator.policies import PLACEMENTS, make_conductor
 from simulator.presets import load_hardware
 from simulator.run import simulate
 from workload.files import read_trace
@@ -26,9 +32,6 @@ REPORT = "report.html"
 TICK_SLACK_S = 0.01
 """The published ticks are off by up to 3 ms."""
 
-TERMS = ("prefill", "decode", "transfer")
-"""Of the cost model, each with a belief of its own."""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -37,6 +40,47 @@ class Job:
     label: str
     scenario: Scenario
     directory: str = ""
+
+
+class Tape:
+    """A simulation's recording, as `up --record` writes it; written at once, for virtual time waits for the disk.
+
+    Attributes:
+        path: of the file; one that is there is never touched: the next free name is taken.
+
+    Raises:
+        ConfigError: the file cannot be made, or takes no more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.path, raw = create_fresh(path)
+        except OSError as error:
+            raise self._refusal(error) from error
+        self._file = BufferedWriter(raw)
+        self._lines = 0
+
+    def write(self, line: str) -> bool:
+        """One line without its end. Always True: what cannot be written is an error."""
+        try:
+            self._file.write(line.encode() + b"\n")
+        except OSError as error:
+            raise self._refusal(error) from error
+        self._lines += 1
+        return True
+
+    def close(self, why: str) -> None:
+        """Say why it ends here."""
+        self.write(ending_line(why, self._lines - 1))
+        try:
+            self._file.close()
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: OSError) -> ConfigError:
+        expected = f"a file that can be written ({error.strerror or error})"
+        return ConfigError(key="simulate.record", value=str(self.path), expected=expected)
 
 
 def simulate_job(job: Job, progress: Callable[[float], None]) -> Sketch:
@@ -52,12 +96,30 @@ def simulate_job(job: Job, progress: Callable[[float], None]) -> Sketch:
 
 
 def simulate_scenario(
-    asked: Scenario, trace: Trace, label: str = "", progress: Callable[[float], None] = lambda share: None
+    asked: Scenario,
+    trace: Trace,
+    label: str = "",
+    progress: Callable[[float], None] = lambda share: None,
+    tape: Tape | None = None,
 ) -> tuple[Sketch, Run]:
-    """Simulate `trace`, which is `trace_of(asked)`. progress: told the share of requests that have ended."""
+    """Simulate `trace`, which is `trace_of(asked)`.
+
+    Args:
+        progress: told the share of requests that have ended.
+        tape: takes the conductor's recording; it is not closed.
+    """
     number = len(trace.requests)
     again = command(asked)
-    run = simulate(trace, config_of(asked, trace), again=again, on_progress=lambda ended: progress(ended / number))
+    conductor = make_conductor
+    if tape is not None:
+        conductor = partial(make_conductor, write=tape.write, version=version("halfmoon-server"))
+    run = simulate(
+        trace,
+        config_of(asked, trace),
+        again=again,
+        conductor=conductor,
+        on_progress=lambda ended: progress(ended / number),
+    )
     title = f"{Path(asked.trace).name} on {asked.nodes}, {asked.policy}, {asked.speedup:g}x"
     run = replace(run, title=title, settings=_settings(run, asked, trace))
     return sketch(run, label=label or run.title, command=again), run
@@ -88,7 +150,6 @@ def config_of(asked: Scenario, trace: Trace | None = None) -> SimConfig:
         ConfigError: naming the setting, and what is known.
     """
     tick_s = TICK_S if trace is not None and ticked(trace) else 0.0
-    factor = asked.belief_factor
     require_policies(asked.policy, asked.placement)
     return SimConfig(
         hardware=load_hardware(asked.hardware),
@@ -102,8 +163,9 @@ def config_of(asked: Scenario, trace: Trace | None = None) -> SimConfig:
         slo_ttft_s=asked.slo_ttft_s,
         slo_tbt_s=asked.slo_tbt_s,
         belief_bias=asked.belief_bias,
-        belief_factors={} if factor is None else dict.fromkeys(TERMS, factor),
+        belief_factors=beliefs(asked.belief),
         learn=asked.learn,
+        conductor=ConductorConfig(fit=Fit(asked.fit)),
         macro=not asked.exact,
         check=asked.check,
         placement=asked.placement,

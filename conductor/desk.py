@@ -19,7 +19,7 @@ from conductor.oscillation import Swing
 from conductor.policy import PlacementPolicy
 from conductor.prefix_index import PrefixIndex
 from conductor.survival import OutputLengths
-from conductor.view import ClusterView
+from conductor.view import ClusterView, MakeWorker, Worker
 from conductor.waiting import WaitingRoom
 from core.messages import CancelCommand, Command
 from halfmoon.errors import Failed, HalfmoonError
@@ -54,12 +54,19 @@ class RunningMean:
 class Desk:
     """State and elementary acts. Effects gather in `out`; the machine takes them at the end of each call."""
 
-    def __init__(self, config: ConductorConfig, layout: Layout, policy: PlacementPolicy, admission: Admission) -> None:
+    def __init__(
+        self,
+        config: ConductorConfig,
+        layout: Layout,
+        policy: PlacementPolicy,
+        admission: Admission,
+        make_worker: MakeWorker = Worker,
+    ) -> None:
         self.config = config
         self.layout = layout
         self.policy = policy
         self.admission = admission
-        self.view = ClusterView(config)
+        self.view = ClusterView(config, make_worker)
         self.index = PrefixIndex()
         self.decisions = Decisions(config.records_max)
         self.requests: dict[RequestId, Request] = {}

@@ -26,7 +26,7 @@ from conductor.placing import Placer
 from conductor.policy import PlacementPolicy, placement_policy
 from conductor.progress import Progress
 from conductor.status import ConductorStatus, status_of
-from conductor.view import Worker
+from conductor.view import MakeWorker, Worker
 from core.cost import CostPrior
 from core.fit import Residual
 from core.messages import (
@@ -54,6 +54,7 @@ class ConductorMachine:
         fingerprint: of the model served; None: workers' models are not compared.
         policy: how requests are placed; None: as `config.placement` says.
         admission: whether they are taken on; None: as `config.admission` says.
+        make_worker: what is known of a worker and booked on it; experiments give one that books wrongly.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class ConductorMachine:
         fingerprint: Fingerprint | None = None,
         policy: PlacementPolicy | None = None,
         admission: Admission | None = None,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self.conductor_id = conductor_id
         self._now_s = 0.0
         admission = admission or admission_of(config.admission)
-        self._desk = Desk(config, layout, policy or placement_policy(config), admission)
+        self._desk = Desk(config, layout, policy or placement_policy(config), admission, make_worker)
         self._placer = Placer(self._desk)
         self._progress = Progress(self._desk, self._placer)
         self._membership = Membership(self._desk, fingerprint, self._place_held)

@@ -17,6 +17,7 @@ from conductor.desk import Layout
 from conductor.effects import Effect
 from conductor.machine import ConductorMachine
 from conductor.recording import Call, Digest, Ending, Header, config_of, in_words, read
+from conductor.view import MakeWorker, Worker
 from halfmoon.errors import ConfigError, RecordingError
 
 CUT = "it has no end: its process was killed, or goes on recording"
@@ -68,11 +69,12 @@ class Replayed:
         return found
 
 
-def machine_of(header: Header, shadows: Iterable[str] = ()) -> ConductorMachine:
+def machine_of(header: Header, shadows: Iterable[str] = (), make_worker: MakeWorker = Worker) -> ConductorMachine:
     """A machine as the recorded one was when it began.
 
     Args:
         shadows: admission policies that judge besides, and are not obeyed.
+        make_worker: as ConductorMachine's; it is in no recording.
 
     Raises:
         RecordingError: settings that this version does not have, or a placement policy that they do not name.
@@ -84,6 +86,7 @@ def machine_of(header: Header, shadows: Iterable[str] = ()) -> ConductorMachine:
         layout=Layout(block_size=header.block_size, block_bytes=header.block_bytes),
         conductor_id=header.conductor_id,
         fingerprint=header.fingerprint,
+        make_worker=make_worker,
     )
     if machine.policy_name != header.policy:
         why = f"policy: recorded with {header.policy!r}, and its settings give {machine.policy_name!r}"

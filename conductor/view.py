@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -277,11 +277,18 @@ class Worker:
         return max(0.0, self._copied_blocks - forgotten)
 
 
-class ClusterView:
-    """Every worker that is there. One owner: the conductor's machine."""
+MakeWorker = Callable[[NodeInfo, WorkerCost, float], Worker]
 
-    def __init__(self, config: ConductorConfig) -> None:
+
+class ClusterView:
+    """Every worker that is there. One owner: the conductor's machine.
+
+    `make_worker`: with another kind of books, in experiments.
+    """
+
+    def __init__(self, config: ConductorConfig, make_worker: MakeWorker = Worker) -> None:
         self._config = config
+        self._make_worker = make_worker
         self._workers: dict[NodeId, Worker] = {}
         self._models: dict[NodeId, WorkerCost] = {}
         self._gone_s: dict[Role, float] = {}
@@ -310,7 +317,7 @@ class ClusterView:
                 tokens_per_pass_max=max(1, info.tokens_per_pass_max),
                 frozen=self._config.fit is Fit.FROZEN,
             )
-        worker = self._workers[info.node_id] = Worker(info, model, now_s)
+        worker = self._workers[info.node_id] = self._make_worker(info, model, now_s)
         return worker
 
     def remove(self, node_id: NodeId, now_s: float) -> None:

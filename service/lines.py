@@ -52,7 +52,6 @@ class LineWriter:
         setting: str = "file",
         farewell: Callable[[str, int], str] | None = None,
     ) -> None:
-        self.path = path
         self.refused = 0
         self.failure = ""
         self._bytes_max = bytes_max
@@ -61,7 +60,7 @@ class LineWriter:
         self._lines = 0
         self._waiting: queue.Queue[bytes | None] = queue.Queue(waiting_max)
         try:
-            self._file = self._create() if fresh else _opened(path)
+            self.path, self._file = create_fresh(path) if fresh else (path, _opened(path))
         except OSError as error:
             expected = f"a file that can be written ({error.strerror or error})"
             raise ConfigError(key=setting, value=str(path), expected=expected) from error
@@ -146,16 +145,14 @@ class LineWriter:
         if self._files_max == 1:
             self.failure = why
 
-    def _create(self) -> BinaryIO:
-        for index in count(1):
-            path = self.path if index == 1 else self.path.with_stem(f"{self.path.stem}.{index}")
-            try:
-                file = path.open("xb", buffering=0)
-            except FileExistsError:
-                continue
-            self.path = path
-            return file
-        raise AssertionError("count() ends")
+
+def create_fresh(path: Path) -> tuple[Path, BinaryIO]:
+    """A file that was not there: `path`, or the next free name beside it (run.2.jsonl, …). Raises OSError."""
+    for index in count(1):
+        free = path if index == 1 else path.with_stem(f"{path.stem}.{index}")
+        with suppress(FileExistsError):
+            return free, free.open("xb", buffering=0)
+    raise AssertionError("count() ends")
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -14,6 +14,9 @@ from simulator.hardware_values import Hardware
 NODES_MAX = 1024
 """As the conductor's."""
 
+BELIEFS = ("prefill", "decode", "transfer", "queue")
+"""What can be believed wrongly: the costs, and the books of a prefill worker's queue."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SimConfig:
@@ -35,7 +38,8 @@ class SimConfig:
         noise: standard deviation of the logarithm of true pass times.
         step_noise: of a decode worker's steps, where it is another; None: it is not.
         belief_bias: each cost term's prior is this share above or below the truth, by a draw of the seed.
-        belief_factors: by term (prefill, decode, transfer): instead of that draw.
+        belief_factors: by term (prefill, decode, transfer): instead of that draw. And queue: the seconds that are
+            booked on a prefill worker are read as so many times what they are.
         learn: False: the conductor is told of no measurement, so that its beliefs stay.
         macro: steps that change nothing are taken many at once.
         check: invariants after every event.
@@ -96,8 +100,8 @@ class SimConfig:
             paired or self.coupled > 0, "decode", "at least one prefill and one decode node, or a coupled one"
         )
         for term, factor in self.belief_factors.items():
-            known = term in ("prefill", "decode", "transfer") and factor > 0
-            self._require(known, "belief_factors", "factors above 0 of prefill, decode, transfer")
+            known = term in BELIEFS and factor > 0
+            self._require(known, "belief_factors", f"factors above 0 of {', '.join(BELIEFS)}")
 
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:

@@ -102,6 +102,7 @@ def settings_of(trace: Trace, config: SimConfig) -> dict[str, object]:
         "belief_bias": config.belief_bias,
         "belief_factors": dict(config.belief_factors),
         "learn": config.learn,
+        "fit": config.conductor.fit.value,
         "faults": str(config.faults) or "none",
         "macro": config.macro,
         "check": config.check,

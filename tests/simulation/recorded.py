@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 from conductor.admission_config import AdmissionConfig, Mode, Reserve
 from conductor.config import ConductorConfig, Fit
@@ -19,11 +18,13 @@ from conductor.view import Worker
 from halfmoon.blocks import Fingerprint
 from report.records import Run
 from simulator.config import SimConfig
+from simulator.policies import Misbooked
 from simulator.presets import load_hardware
 from simulator.run import simulate
 from workload.trace import Trace, TraceRequest
 
 OVER = 10.0
+OVERBOOKED = partial(Misbooked, factor=OVER)
 GROUPS = 24
 BASELINE = AdmissionConfig(baseline=Mode.ENFORCE, early=Mode.OFF, forecast=Mode.OFF, reserve=Reserve.WITH, defer=False)
 
@@ -35,13 +36,6 @@ class Lenient(TapedMachine):
 
     def on_request(self, spec: RequestSpec, now_s: float) -> list[Effect]:
         return super().on_request(replace(spec, slo=Slo()) if spec.request_id in self.take else spec, now_s)
-
-
-class Overbooked(Worker):
-    """A queue ledger that reckons ten times what it has been told."""
-
-    def queue_s(self, now_s: float) -> float:
-        return OVER * super().queue_s(now_s)
 
 
 def trace(count: int, rate: float, seed: int = 1) -> Trace:
@@ -88,6 +82,7 @@ def recorded(
             layout=Layout(block_size=hardware.block_tokens, block_bytes=hardware.block_bytes),
             conductor_id="simulated",
             fingerprint=fingerprint,
+            make_worker=OVERBOOKED if wrong == "queue" else Worker,
         )
         machine.take = take
         return machine
@@ -106,6 +101,4 @@ def recorded(
         conductor=ConductorConfig(fit=Fit.FROZEN, records_max=100_000),
         **given,
     )
-    with patch("conductor.view.Worker", Overbooked) if wrong == "queue" else nullcontext():
-        run = simulate(trace(count, rate), config, conductor=make)
-    return lines, run
+    return lines, simulate(trace(count, rate), config, conductor=make)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner
@@ -17,7 +16,7 @@ from conductor.recording import read
 from conductor.replay import machine_of, rejudged, replay
 from halfmoon.errors import RecordingError
 from report.records import RequestRow, Run
-from tests.simulation.recorded import OVER, Overbooked, recorded
+from tests.simulation.recorded import OVER, OVERBOOKED, recorded
 
 COUNT, RATE = 120, 12.0
 TTFT_S, TBT_S = 2.0, 0.1
@@ -106,8 +105,7 @@ def test_a_fault_in_the_machine_itself_is_no_setting_and_shows_as_a_difference()
     assert difference.call.name in ("on_request", "on_stream_finished", "on_worker_event", "on_tick")
     with pytest.raises(RecordingError, match="decided otherwise than was recorded"):
         gather(rejudged(lines))
-    with patch("conductor.view.Worker", Overbooked):
-        assert replay(lines).difference is None
+    assert replay(lines, partial(machine_of, make_worker=OVERBOOKED)).difference is None
 
 
 def test_a_policy_that_was_not_there_judges_the_recorded_state() -> None:

@@ -312,7 +312,7 @@ def test_every_second_has_its_sample() -> None:
         ({"speedup": 0.0}, "simulation.speedup"),
         ({"slo_ttft_s": -1.0}, "simulation.slo_ttft_s"),
         ({"noise": float("nan")}, "simulation.noise"),
-        ({"belief_factors": {"queue": 2.0}}, "simulation.belief_factors"),
+        ({"belief_factors": {"luck": 2.0}}, "simulation.belief_factors"),
         ({"placement": "best"}, "simulation.placement"),
         ({"admission": "strict"}, "simulation.admission"),
         ({"faults": "slow_disk"}, "faults"),

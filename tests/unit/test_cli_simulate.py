@@ -150,7 +150,7 @@ def test_a_broken_promise_ends_with_the_whole_command(monkeypatch: pytest.Monkey
         raise AssertionError("a block is held twice")
 
     monkeypatch.setattr(Simulation, "run", broken)
-    asked = Scenario(trace=str(FIXTURE), requests=2, output_scale=2.0, slo_tbt_s=0.2, belief_factor=1.5, exact=True)
+    asked = Scenario(trace=str(FIXTURE), requests=2, output_scale=2.0, slo_tbt_s=0.2, belief="1.5", exact=True)
     with pytest.raises(Failed) as caught:
         simulate_scenario(asked, trace_of(asked))
     said, how = str(caught.value).splitlines()

@@ -8,13 +8,20 @@ from dataclasses import dataclass, field, fields
 
 from conductor.config import ConductorConfig
 from halfmoon.errors import ConfigError
+from kv_store.eviction_policies import POLICIES
 from simulator.faults import Faults
 from simulator.hardware_values import Hardware
 
 NODES_MAX = 1024
 """As the conductor's."""
 
-BELIEFS = ("prefill", "decode", "transfer", "queue")
+EVICTIONS = tuple(POLICIES)
+"""Those that a node may be told to use."""
+
+TERMS = ("prefill", "decode", "transfer", "read")
+"""Of the cost model, each with a belief of its own."""
+
+BELIEFS = (*TERMS, "queue")
 """What can be believed wrongly: the costs, and the books of a prefill worker's queue."""
 
 
@@ -38,12 +45,13 @@ class SimConfig:
         noise: standard deviation of the logarithm of true pass times.
         step_noise: of a decode worker's steps, where it is another; None: it is not.
         belief_bias: each cost term's prior is this share above or below the truth, by a draw of the seed.
-        belief_factors: by term (prefill, decode, transfer): instead of that draw. And queue: the seconds that are
-            booked on a prefill worker are read as so many times what they are.
+        belief_factors: by term (one of TERMS): instead of that draw. And queue: the seconds that are booked on a
+            prefill worker are read as so many times what they are.
         learn: False: the conductor is told of no measurement, so that its beliefs stay.
         macro: steps that change nothing are taken many at once.
         check: invariants after every event.
         placement, admission: names of policies, as simulator.policies knows them; the defaults are the product's.
+        eviction: which cached blocks leave first, on every node: one of EVICTIONS.
         conductor: the machine's own settings; its SLOs and prior are set from this.
         report_interval_s: between load reports; a node's own default is 0.25.
         records: how many decision records are kept; 0: conductor.records_max of them.
@@ -75,6 +83,7 @@ class SimConfig:
     check: bool = False
     placement: str = "algorithm1"
     admission: str = "forecast"
+    eviction: str = "lru"
     conductor: ConductorConfig = field(default_factory=ConductorConfig)
     report_interval_s: float = 0.5
     faults: Faults = field(default_factory=Faults)
@@ -102,6 +111,17 @@ class SimConfig:
         for term, factor in self.belief_factors.items():
             known = term in BELIEFS and factor > 0
             self._require(known, "belief_factors", f"factors above 0 of {', '.join(BELIEFS)}")
+        self._require(self.eviction in EVICTIONS, "eviction", f"one of {', '.join(EVICTIONS)}")
+        if self.faults.slow_tier and not self._tiered:
+            expected = "0 where no node has a DRAM tier: nothing would slow down (a800-llama-70b-dram has one)"
+            raise ConfigError(key="faults.slow_tier", value=self.faults.slow_tier, expected=expected)
+
+    @property
+    def _tiered(self) -> bool:
+        """Some node has a DRAM tier."""
+        hardware = self.hardware
+        prefills, decodes = self.prefill + self.coupled, self.decode
+        return bool((prefills and hardware.prefill_dram_blocks) or (decodes and hardware.decode_dram_blocks))
 
     def _require(self, ok: bool, name: str, expected: str) -> None:
         if not ok:

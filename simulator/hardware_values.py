@@ -67,12 +67,15 @@ class Hardware:
         for spec in fields(self):
             value = getattr(self, spec.name)
             if spec.type in ("int", "float"):
+                if spec.type == "int" and isinstance(value, float):
+                    raise ConfigError(key=f"hardware.{spec.name}", value=value, expected="an integer")
                 least = 0 if spec.name.endswith("dram_blocks") or spec.type == "float" else 1
                 if not (math.isfinite(value) and value >= least):
                     expected = f"a finite number, {least} or more"
                     raise ConfigError(key=f"hardware.{spec.name}", value=value, expected=expected)
-        if self.link_bytes_per_s <= 0.0 or self.prefill_token_s <= 0.0 or self.decode_step_s <= 0.0:
-            raise ConfigError(key="hardware", value=self, expected="a link, prefill and decoding that take time")
+        for name in ("link_bytes_per_s", "prefill_token_s", "decode_step_s"):
+            if getattr(self, name) <= 0.0:
+                raise ConfigError(key=f"hardware.{name}", value=getattr(self, name), expected="a number above 0")
 
     @property
     def block_bytes(self) -> int:
@@ -82,7 +85,7 @@ class Hardware:
         """What is believed of this hardware before anything was measured: the truth times each term's factor.
 
         Args:
-            factors: by term: prefill, decode, transfer; those that are missing are 1.
+            factors: by term: prefill, decode, transfer, read (DRAM to DEVICE); those that are missing are 1.
         """
 
         def believed(term: str, *truth: float) -> list[float]:
@@ -91,4 +94,5 @@ class Hardware:
         a, b, c = believed("prefill", self.prefill_pass_s, self.prefill_token_s, self.prefill_pair_s)
         d, e, f = believed("decode", self.decode_step_s, self.decode_sequence_s, self.decode_token_s)
         g, h = believed("transfer", self.link_s, 1.0 / self.link_bytes_per_s)
-        return CostPrior(prefill=(a, b, c), decode=(d, e, f), transfer=(g, h))
+        i, j = believed("read", 0.0, self.move_s_per_byte)
+        return CostPrior(prefill=(a, b, c), decode=(d, e, f), transfer=(g, h), read_dram=(i, j))

@@ -89,6 +89,7 @@ def settings_of(trace: Trace, config: SimConfig) -> dict[str, object]:
         "hardware": f"{config.hardware.name} ({config.hardware.source})",
         "placement": config.placement,
         "admission": config.admission,
+        "eviction": config.eviction,
         "speedup": config.speedup,
         "jitter_s": config.jitter_s,
         "seed": config.seed,

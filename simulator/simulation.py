@@ -25,7 +25,7 @@ from report.records import LoadSample, RequestRow
 from simulator.audit import Audit
 from simulator.clients import Client, row_of
 from simulator.cluster import Cluster
-from simulator.config import SimConfig
+from simulator.config import TERMS, SimConfig
 from simulator.faults import Fault, Sky, schedule
 from simulator.node import Machine, Parts
 from simulator.prompts import STOP, Prompts
@@ -39,7 +39,7 @@ SAMPLE_S = 1.0
 AFTER_S_MAX = 4000.0
 """After the last arrival a run may take this long: more than any request's deadline."""
 REST_S_MAX = 700.0
-"""After the last end, with checks on: until every node has let go of everything."""
+"""After the last answer: until every node has let go of everything, and the conductor has heard of it."""
 PING_S = 2.0
 """Between signs of life of a stream of blocks; the product's default of 0.5 s would be half of all messages here."""
 ATTEMPTS_MAX = 4096
@@ -51,7 +51,11 @@ MakeConductor = Callable[[SimConfig, Fingerprint, dict[str, float], random.Rando
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What report.records.Run is made of. Times count from the trace's beginning."""
+    """What report.records.Run is made of. Times count from the trace's beginning.
+
+    Digest, duration, events and passes are those up to the last answer; counters and residuals have heard the workers'
+    last reports.
+    """
 
     rows: tuple[RequestRow, ...]
     samples: tuple[LoadSample, ...]
@@ -129,11 +133,18 @@ class Simulation:
             limit_s = last_s + AFTER_S_MAX
             self.world.run(partial(self._done, on_progress), limit_s, self._where)
         result = self._result()
+        self._come_to_rest()
+        return replace(result, counters=self._counters(), residuals=self._residuals())
+
+    def _come_to_rest(self) -> None:
+        """Hear the workers' last reports. To be silent after REST_S_MAX breaks a promise, if those are checked."""
         if self._audit is not None:
             self.world.run(lambda: self.cluster.at_rest, REST_S_MAX, self._where)
             self._audit.finish()
             self.cluster.machine.check_invariants(blocks=True)
-        return result
+        elif self._arrivals:
+            until_s = self.world.now_s + REST_S_MAX
+            self.world.run(lambda: self.cluster.at_rest or self.world.now_s >= until_s, 2 * REST_S_MAX)
 
     def _result(self) -> Result:
         return Result(
@@ -241,7 +252,7 @@ class Simulation:
     def _beliefs(self, rng: random.Random) -> dict[str, float]:
         """Of each cost term: drawn, unless said."""
         bias = self.config.belief_bias
-        drawn = {term: 1.0 + bias * rng.choice((-1.0, 1.0)) for term in ("prefill", "decode", "transfer")}
+        drawn = {term: 1.0 + bias * rng.choice((-1.0, 1.0)) for term in TERMS}
         return {**drawn, **self.config.belief_factors}
 
     def _parts(self, name: str, role: Role) -> Parts:
@@ -252,7 +263,9 @@ class Simulation:
         decodes_only = role is Role.DECODE
         device = hardware.decode_blocks if decodes_only else hardware.prefill_blocks
         dram = hardware.decode_dram_blocks if decodes_only else hardware.prefill_dram_blocks
-        cache = KvCache(num_device_slots=device, num_dram_slots=dram, block_size=hardware.block_tokens)
+        cache = KvCache(
+            num_device_slots=device, num_dram_slots=dram, block_size=hardware.block_tokens, eviction=config.eviction
+        )
         info = NodeInfo(
             node_id=NodeId(name),
             epoch=Epoch(f"{name}.{number}"),

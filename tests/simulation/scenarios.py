@@ -75,8 +75,8 @@ def config(faults: str = "", hardware: dict[str, Any] | None = None, **settings:
     )
 
 
-def run(seed: int, count: int = 120, faults: str = "", **settings: Any) -> Run:
-    return simulate(chats(seed, count, settings.pop("every_s", 0.1)), config(faults, seed=seed, **settings))
+def run(seed: int, count: int = 120, faults: str = "", hardware: dict[str, Any] | None = None, **settings: Any) -> Run:
+    return simulate(chats(seed, count, settings.pop("every_s", 0.1)), config(faults, hardware, seed=seed, **settings))
 
 
 def fingerprint(run: Run) -> str:

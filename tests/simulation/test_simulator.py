@@ -18,6 +18,7 @@ from halfmoon.errors import ConfigError, Failed
 from halfmoon.types import Outcome, RequestId
 from simulator.config import SimConfig
 from simulator.policies import make_conductor
+from simulator.presets import load_hardware
 from simulator.run import simulate
 from simulator.simulation import Simulation
 from tests.simulation.scenarios import HARDWARE, chats, config, fingerprint, run
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = (
     "crash=2,partition=1,storm=1,hang_up=2,tokens=2,stale=1,slow_tier=1,conductor=1,partition_s=3,storm_s=2,restart_s=2"
 )
+TIERED = {"prefill_blocks": 60, "prefill_dram_blocks": 100, "decode_dram_blocks": 100}
 
 
 def outcomes(run_: object) -> Counter[Outcome]:
@@ -168,7 +170,8 @@ def test_another_seed_is_another_story() -> None:
     ],
 )
 def test_many_steps_at_once_are_as_good_as_one_by_one(seed: int, faults: str) -> None:
-    many, single = (run(seed, 60, faults, macro=macro, check=macro) for macro in (True, False))
+    hardware = TIERED if "slow_tier" in faults else {}
+    many, single = (run(seed, 60, faults, hardware, macro=macro, check=macro) for macro in (True, False))
     assert many.counters["sim_events"] < single.counters["sim_events"]
     assert fingerprint(many) == fingerprint(single)
 
@@ -215,6 +218,45 @@ def test_a_slow_tier_is_a_slower_cache_and_nothing_else() -> None:
     assert slow.counters["fault_slow_tier"] == 6
     means = [sum(row.ttft_s or 0.0 for row in run_.requests) / 120 for run_ in (quick, slow)]
     assert means[1] > 1.2 * means[0]
+
+
+def test_a_slower_tier_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match="no node has a DRAM tier") as caught:
+        config("slow_tier=2")
+    assert caught.value.key == "faults.slow_tier"
+    decode_alone = {"decode_dram_blocks": 100}
+    assert config("slow_tier=2", decode_alone).faults.slow_tier == 2
+    with pytest.raises(ConfigError):
+        config("slow_tier=2", decode_alone, prefill=0, decode=0, coupled=2)
+
+
+def test_the_preset_with_two_tiers_finds_prompts_in_both() -> None:
+    """On a 32nd of its memory, so that 60 conversations of three turns are enough to fill the first tier."""
+    whole = load_hardware("a800-llama-70b-dram")
+    assert whole.prefill_dram_blocks > whole.prefill_blocks
+    small = {"prefill_blocks": whole.prefill_blocks // 32, "decode_blocks": whole.decode_blocks // 32}
+    turns = [(3.0 * (60 * turn + one), 1000 * one, 8 * (turn + 1)) for turn in range(3) for one in range(60)]
+    requests = tuple(
+        TraceRequest(
+            at_s=at_s, input_tokens=512 * length, output_tokens=20, block_ids=tuple(range(first, first + length))
+        )
+        for at_s, first, length in turns
+    )
+    trace = Trace(source="turns", block_tokens=512, requests=requests)
+    done = simulate(trace, SimConfig(hardware=replace(whole, **small), prefill=1, decode=1, check=True, jitter_s=0.0))
+    assert outcomes(done) == {Outcome.FINISHED: 180}
+    assert sum(row.hit_tokens_dram for row in done.requests) > 100_000
+
+
+def test_evictions_decide_what_is_found_again() -> None:
+    small = {"hardware": {"prefill_blocks": 30}, "prefill": 1}
+    found = {
+        name: sum(row.hit_tokens_device for row in run(5, 120, eviction=name, **small).requests)
+        for name in ("lru", "lfu", "length_aware", "s3fifo")
+    }
+    assert len(set(found.values())) >= 3, found
+    assert run(5, 60).digest == run(5, 60, eviction="lru").digest
+    assert run(5, 60).settings["eviction"] == "lru"
 
 
 def test_a_node_that_is_cut_off_for_long_is_given_up_and_nobody_loses_an_answer() -> None:
@@ -278,6 +320,13 @@ def test_what_a_request_costs_does_not_grow_with_their_number() -> None:
     assert per_request[1] < 1.1 * per_request[0]
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_counters_have_heard_of_every_end_and_the_run_ends_with_the_last_answer(check: bool) -> None:
+    done = run(1, 60, check=check)
+    assert done.counters["requests_finished"] == 60
+    assert done.duration_s == max(row.ended_s or 0.0 for row in done.requests)
+
+
 def test_tokens_and_records_are_forgotten_with_their_request() -> None:
     settings = config(check=False, conductor=replace(SimConfig(hardware=HARDWARE).conductor, records_max=10))
     simulation = Simulation(chats(1, 60), settings, _generators, make_conductor)
@@ -285,7 +334,7 @@ def test_tokens_and_records_are_forgotten_with_their_request() -> None:
     assert len(result.rows) == 60
     assert not any(planned.token_ids for planned in simulation._prompts.planned.values())
     known = [simulation.cluster.machine.explain(row.request_id) for row in result.rows]  # type: ignore[arg-type]
-    assert sum(record is not None for record in known) in (10, 11)  # the last one's worker has not spoken yet
+    assert sum(record is not None for record in known) == 10
 
 
 def _generators(name: str) -> object:
@@ -315,6 +364,7 @@ def test_every_second_has_its_sample() -> None:
         ({"belief_factors": {"luck": 2.0}}, "simulation.belief_factors"),
         ({"placement": "best"}, "simulation.placement"),
         ({"admission": "strict"}, "simulation.admission"),
+        ({"eviction": "random"}, "simulation.eviction"),
         ({"faults": "slow_disk"}, "faults"),
         ({"faults": "slow_factor=0.5"}, "faults.slow_factor"),
         ({"faults": "crash=-1"}, "faults.crash"),

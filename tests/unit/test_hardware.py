@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from halfmoon.errors import ConfigError
-from simulator.presets import hardware_of, load_hardware, presets
+from simulator.presets import FOLDER, hardware_of, load_hardware, presets
+from simulator.truth import TruePhysics
 
 MEASURED = {
     "prefill_pass_s": 0.01,
@@ -53,9 +54,11 @@ def test_every_preset_can_be_read_and_believed() -> None:
     assert "a800-llama-70b" in presets()
     for name in presets():
         node = load_hardware(name)
-        prior = node.prior({"prefill": 2.0})
+        prior = node.prior({"prefill": 2.0, "read": 0.5})
         assert prior.prefill[1] == pytest.approx(2.0 * node.prefill_token_s)
         assert prior.decode[0] == pytest.approx(node.decode_step_s)
+        true_s = TruePhysics(node).move_s()
+        assert prior.read_dram[0] + prior.read_dram[1] * node.block_bytes == pytest.approx(0.5 * true_s)
 
 
 def test_measured_coefficients_are_taken_as_they_are() -> None:
@@ -67,11 +70,15 @@ def test_measured_coefficients_are_taken_as_they_are() -> None:
     ("change", "key"),
     [
         ({"measured": None}, "hardware"),
-        ({"measured": {**MEASURED, "magic": 1.0}}, "hardware.measured"),
+        ({"measured": {**MEASURED, "magic": 1.0}}, "hardware.measured.magic"),
+        ({"measured": {"prefill_pass_s": 0.01}}, "hardware.measured.prefill_token_s"),
         ({"measured": {**MEASURED, "decode_step_s": "fast"}}, "hardware.measured.decode_step_s"),
         ({"color": "red"}, "hardware.color"),
         ({"block_tokens": 0}, "hardware.block_tokens"),
-        ({"link_bytes_per_s": 0.0}, "hardware"),
+        ({"block_tokens": 16.5}, "hardware.block_tokens"),
+        ({"prefill_token_s": 1.0}, "hardware.prefill_token_s"),
+        ({"link_bytes_per_s": 0.0}, "hardware.link_bytes_per_s"),
+        ({"link_s": "quick"}, "hardware.link_s"),
         ({"link_s": float("nan")}, "hardware.link_s"),
     ],
 )
@@ -81,9 +88,42 @@ def test_what_is_wrong_is_named(change: dict[str, Any], key: str) -> None:
     assert caught.value.key == key
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("mfu: .nan", "hardware.transformer.mfu: got nan; expected a share in (0, 1]"),
+        ("mfu: 50", "hardware.transformer.mfu: got 50; expected a share in (0, 1]"),
+        ("memory_efficiency: 0", "hardware.transformer.memory_efficiency: got 0; expected a share"),
+        ("layers: -80", "hardware.transformer.layers: got -80; expected a finite number above 0"),
+        ("hidden: wide", "hardware.transformer.hidden: got 'wide'; expected a number"),
+        ("hiden: 8192", "hardware.transformer.hiden: got 8192; expected a known key; did you mean hidden?"),
+    ],
+)
+def test_a_file_is_refused_in_its_own_words(line: str, said: str, tmp_path: Path) -> None:
+    text = (FOLDER / "a800-llama-70b.yaml").read_text()
+    key = line.split(":", 1)[0]
+    path = tmp_path / "mine.yaml"
+    lines = [f"  {line}" if old.split(":")[0].strip() == key else old for old in text.splitlines()]
+    path.write_text("\n".join(lines if key != "hiden" else [*lines[:5], f"transformer: {{{line}}}"]))
+    with pytest.raises(ConfigError) as caught:
+        load_hardware(str(path))
+    assert said in str(caught.value)
+
+
+def test_a_number_may_be_written_without_its_sign(tmp_path: Path) -> None:
+    text = (FOLDER / "a800-llama-70b.yaml").read_text()
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("12.5e+9", "12.5e9"))
+    assert load_hardware(str(path)).link_bytes_per_s == 12.5e9
+
+
 def test_missing_values_and_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="link_s"):
+    with pytest.raises(ConfigError, match=r"hardware.source: .* the key is missing"):
         hardware_of({"kv_token_bytes": 1000, "measured": MEASURED}, name="x")
+    with pytest.raises(ConfigError, match=r"hardware.linc_s: .* did you mean link_s\?"):
+        hardware_of({**REST, "linc_s": 1.0, "kv_token_bytes": 1000, "measured": MEASURED}, name="x")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_hardware(str(tmp_path / "absent.yaml"))
     with pytest.raises(ConfigError, match="a800-llama-70b"):
         load_hardware("a900")
     bad = tmp_path / "bad.yaml"

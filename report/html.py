@@ -1,4 +1,7 @@
-"""Pure: one self-contained HTML page: figures, tables and the script that draws them; it needs no network."""
+"""Pure: HTML pages of figures, tables and what draws them; they need no network.
+
+A page holds the plotting library (5 MB), or shares one file of it, beside or above itself, with other pages.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,25 @@ from report.figures import OVERLAID_MAX, Figure
 from report.lines import Line, decimal, headline, lines, signed
 from report.page import SCRIPT, STYLE
 
+LIBRARY = "plotly.min.js"
+"""The file that pages may share; `library()` is what it holds."""
+
+
+def library() -> str:
+    """The plotting library's source, in UTF-8."""
+    return str(get_plotlyjs())
+
 
 class Page:
-    """Sections of HTML in order, and the plots to be drawn into them."""
+    """Sections of HTML in order, and the plots to be drawn into them.
 
-    def __init__(self, title: str) -> None:
+    Args:
+        shared: where the library's file is, from the page; empty: the page holds it.
+    """
+
+    def __init__(self, title: str, shared: str = "") -> None:
         self._title = title
+        self._shared = shared
         self._parts: list[str] = []
         self._plots: list[Figure] = []
 
@@ -44,20 +60,21 @@ class Page:
 
     def html(self) -> str:
         plots = json.dumps(self._plots, allow_nan=False).replace("<", "\\u003c")
+        drawn_by = f"<script src='{escape(self._shared)}'>" if self._shared else f"<script>{library()}"
         return (
             "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             "<meta name='viewport' content='width=device-width, initial-scale=1'>"
             f"<meta name='color-scheme' content='light dark'><title>{escape(self._title)}</title>"
             f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(self._parts) + "\n"
             "<noscript><p class='empty'>The plots need JavaScript; the tables do not.</p></noscript></main>\n"
-            f"<script>{get_plotlyjs()}</script>\n"
+            f"{drawn_by}</script>\n"
             f"<script id='plots' type='application/json'>{plots}</script>\n<script>{SCRIPT}</script></body></html>\n"
         )
 
 
-def run_page(sketch: Sketch) -> str:
-    """The page of one run."""
-    page = Page(sketch.title)
+def run_page(sketch: Sketch, shared: str = "") -> str:
+    """The page of one run. `shared`: see `Page`."""
+    page = Page(sketch.title, shared)
     page.add(_header(sketch.title, _about(sketch)) + _what(sketch) + _command(sketch.command))
     page.add(_cards(sketch))
     page.section(
@@ -96,18 +113,21 @@ def run_page(sketch: Sketch) -> str:
     return page.html()
 
 
-def comparison_page(title: str, sketches: Sequence[Sketch], command: str = "") -> str:
-    """The page of several runs, of which at most `OVERLAID_MAX`, those of highest goodput, share a plot's axes."""
+def comparison_page(title: str, sketches: Sequence[Sketch], command: str = "", shared: str = "") -> str:
+    """The page of several runs, of which at most `OVERLAID_MAX`, those of highest goodput, share a plot's axes.
+
+    `shared`: see `Page`.
+    """
     assert sketches, "nothing to compare"
     best = sorted(sketches, key=lambda s: -(s.statistics.effective_per_s or 0.0))[:OVERLAID_MAX]
     drawn = [sketch for sketch in sketches if sketch in best]
     left_out = len(sketches) - len(drawn)
     note = f"The {len(drawn)} runs of highest goodput; the tables have all {len(sketches)}." if left_out else ""
-    page = Page(title)
+    page = Page(title, shared)
     differing = figures.differing(sketches)
-    shared = {name: value for name, value in sketches[0].settings.items() if name not in differing}
+    same = {name: value for name, value in sketches[0].settings.items() if name not in differing}
     page.add(_header(title, f"{len(sketches)} runs, different in: {', '.join(differing) or 'nothing'}"))
-    page.add(_settings("What they share", shared) + _command(command))
+    page.add(_settings("What they share", same) + _command(command))
     page.section(
         "Goodput",
         "Requests that finished within both limits, and what their neighbours cost.",

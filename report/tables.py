@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -82,6 +82,35 @@ def ranking_table(sketches: Sequence[Sketch]) -> Table:
             decimal(None if swing is None else swing.kv_tokens_std / 1e3, 1),
         )
     return table
+
+
+def seeds_table(groups: Mapping[str, Sequence[Sketch]]) -> Table:
+    """A row per group of runs that differ in their seed alone: the mean, and from the lowest to the highest."""
+    table = _table("Over seeds: mean (lowest to highest)")
+    table.padding = (0, 0, 0, 1)
+    table.add_column("runs", overflow="fold")
+    for head in ("seeds", "within\nlimits %", "goodput\nreq/s", "TTFT\np90 s", "TBT\np90 ms"):
+        table.add_column(head, justify="right", no_wrap=head == "seeds")
+    for label, group in groups.items():
+        figures = [sketch.statistics for sketch in group]
+        table.add_row(
+            label or "all",
+            count(len(group)),
+            _over([f.capacity for f in figures], 100.0, 1),
+            _over([f.effective_per_s for f in figures], 1.0, 3),
+            _over([None if f.ttft is None else f.ttft.p90 for f in figures], 1.0, 2),
+            _over([None if f.tbt_worst is None else f.tbt_worst.p90 for f in figures], 1e3, 1),
+        )
+    return table
+
+
+def _over(values: Sequence[float | None], scale: float, places: int) -> str:
+    """ "85.3 (84.0 to 87.1)", of the values that there are."""
+    known = [value * scale for value in values if value is not None]
+    if not known:
+        return decimal(None, places)
+    mean, low, high = (decimal(v, places) for v in (sum(known) / len(known), min(known), max(known)))
+    return f"{mean} ({low} to {high})"
 
 
 def _side_by_side(sketches: Sequence[Sketch]) -> Table:

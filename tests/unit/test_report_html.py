@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from report import figures
 from report.curves import Sketch, sketch
-from report.html import comparison_page, run_page
+from report.html import comparison_page, library, run_page
 from report.lines import headline, lines
 from tests.report_runs import row, run, seeded_run
 
@@ -52,6 +52,13 @@ def test_the_page_needs_no_network(page: str) -> None:
     assert page.count(get_plotlyjs()) == 1
     ours = without_plotly(page)
     assert not re.search(r"(src|href)\s*=|@import|url\(|https?://", ours)
+
+
+def test_pages_of_one_folder_may_share_the_library(one: Sketch) -> None:
+    for page in (run_page(one, "../plotly.min.js"), comparison_page("two", [one, one], shared="../plotly.min.js")):
+        assert library() not in page
+        assert re.findall(r"(?:src|href)\s*=\s*\S+", page) == ["src='../plotly.min.js'></script>"]
+        assert len(plots(page)) > 5
 
 
 def test_every_plot_is_one_that_plotly_knows(page: str) -> None:

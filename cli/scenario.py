@@ -17,7 +17,7 @@ from typing import Any
 from conductor.config import Fit
 from halfmoon.errors import ConfigError
 from service.settings import load, parse_overrides
-from simulator.config import BELIEFS, SimConfig
+from simulator.config import BELIEFS, TERMS, SimConfig
 
 COMBINATIONS_MAX = 1000
 """Of one sweep: at a few seconds each, an hour on one core, and as many lines in a table as anybody reads."""
@@ -30,7 +30,11 @@ SHOWN_AS = {"slo_ttft_s": "slo_ttft", "slo_tbt_s": "slo_tbt", "jitter_s": "jitte
 
 
 FITS = tuple(fit.value for fit in Fit)
-COSTS = tuple(term for term in BELIEFS if term != "queue")
+
+
+def shown(name: str) -> str:
+    """A field as its option is written, without the dashes before it."""
+    return SHOWN_AS.get(name, name).replace("_", "-")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,7 @@ class Scenario:
         jitter_s: spread arrivals over this long; None: over 3 s where the trace has them in ticks of 3 s, else not.
         hardware: a preset's name or a YAML file.
         policy: of admission; "none" takes everything on.
+        eviction: which cached blocks leave first.
         faults: as simulator.faults reads them: "crash=2,storm".
         belief_bias: each cost term is believed this share too high or too low, by a draw of the seed.
         belief: instead of that draw: every cost is believed this many times what it is ("1.2"); or the terms that are
@@ -70,6 +75,7 @@ class Scenario:
     hardware: str = "a800-llama-70b"
     policy: str = SimConfig.admission
     placement: str = SimConfig.placement
+    eviction: str = SimConfig.eviction
     slo_ttft_s: float = 30.0
     slo_tbt_s: float = 0.1
     faults: str = ""
@@ -115,7 +121,7 @@ def beliefs(text: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in text.split(",") if text else ():
         term, equals, number = part.partition("=") if "=" in part else ("", "", part)
-        terms = (term.strip(),) if equals else COSTS
+        terms = (term.strip(),) if equals else TERMS
         factor = _number(number)
         known = f"0.01 to 100 times the truth, of all costs or by term ({', '.join(BELIEFS)}): 1.2, prefill=10,queue=2"
         _require(set(terms) <= set(BELIEFS) and found.keys().isdisjoint(terms), "belief", text, known)
@@ -140,7 +146,7 @@ def command(scenario: Scenario) -> str:
         value = getattr(scenario, spec.name)
         if value == spec.default and spec.name not in always:
             continue
-        option = SHOWN_AS.get(spec.name, spec.name).replace("_", "-")
+        option = shown(spec.name)
         words.append(f"--no-{option}" if value is False else f"--{option}")
         if not isinstance(value, bool):
             words.append(_text(value))
@@ -169,13 +175,21 @@ def slug(number: int, label: str) -> str:
     return f"{number:03d}-" + re.sub(r"[^\w.+-]+", "-", label)[:80].strip("-")
 
 
-def scenario(given: Mapping[str, Any]) -> Scenario:
-    """From options; those that are None take their defaults.
+def scenario(given: Mapping[str, Any], asked_by: str = "simulate") -> Scenario:
+    """From a command's options; those that are None take their defaults.
 
     Raises:
         ConfigError: naming the option and its limit.
     """
-    return load(Scenario, {k: v for k, v in given.items() if v is not None}, path="simulate")
+    return _loaded({k: v for k, v in given.items() if v is not None}, asked_by)
+
+
+def _loaded(fields_: Mapping[str, Any], asked_by: str) -> Scenario:
+    try:
+        return load(Scenario, fields_, path=asked_by)
+    except ConfigError as error:
+        name = error.key.removeprefix(f"{asked_by}.")
+        raise ConfigError(key=f"{asked_by}.{shown(name)}", value=error.value, expected=error.expected) from error
 
 
 def _axis(text: str) -> tuple[str, list[str]]:
@@ -192,15 +206,20 @@ def _field(name: str) -> str:
     plain = name.removeprefix("--").replace("-", "_")
     known = {SHOWN_AS.get(spec.name, spec.name): spec.name for spec in fields(Scenario)}
     if plain not in known and plain not in known.values():
-        options = ", ".join(option.replace("_", "-") for option in known)
+        options = ", ".join(shown(option) for option in known)
         raise ConfigError(key="simulate.sweep", value=name, expected=f"one of {options}")
     return known.get(plain, plain)
 
 
 def _combined(base: Scenario, values: Mapping[str, str]) -> tuple[str, Scenario]:
     typed = parse_overrides(f"{name}={value}" for name, value in values.items())
-    label = ", ".join(f"{SHOWN_AS.get(name, name).replace('_', '-')} {value}" for name, value in values.items())
-    return label, load(Scenario, asdict(base) | typed, path="simulate")
+    label = ", ".join(f"{shown(name)} {value}" for name, value in values.items())
+    return label, _loaded(asdict(base) | typed, "simulate")
+
+
+def without_seed(label: str) -> str:
+    """A sweep's label with its seed left out: what the runs of several seeds have in common."""
+    return ", ".join(part for part in label.split(", ") if not part.startswith("seed "))
 
 
 def _text(value: object) -> str:
@@ -209,4 +228,4 @@ def _text(value: object) -> str:
 
 def _require(ok: bool, key: str, value: object, expected: str) -> None:
     if not ok:
-        raise ConfigError(key=key, value=value, expected=expected)
+        raise ConfigError(key=shown(key), value=value, expected=expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,16 +12,19 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cli.parallel import Crash, cores, require_all, run_all
-from cli.scenario import FITS, Scenario, command, scenario, slug, sweep
+from cli.progress import progress
+from cli.scenario import FITS, Scenario, command, scenario, slug, sweep, without_seed
 from cli.simulating import (
+    FIRST_SKIPPED,
     REPORT,
+    SKIPPED,
     Job,
     Tape,
     admissions,
     config_of,
+    left_out,
     simulate_job,
     simulate_scenario,
     trace_of,
@@ -29,9 +33,9 @@ from cli.simulating import (
 )
 from cli.tables import make_console
 from report.curves import Sketch
-from report.html import comparison_page
-from report.tables import comparison_tables, ranking_table, run_tables
-from simulator.config import BELIEFS
+from report.html import LIBRARY, comparison_page, library
+from report.tables import comparison_tables, ranking_table, run_tables, seeds_table
+from simulator.config import BELIEFS, EVICTIONS
 from simulator.policies import PLACEMENTS
 from simulator.presets import presets
 from workload.files import find_trace
@@ -59,6 +63,8 @@ CLUSTER_OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...
     click.option("--coupled", type=int, help="Nodes that do both.  [default: 0]"),
     click.option("--policy", help=f"Of admission: {', '.join(admissions())}.  [default: {Scenario.policy}]"),
     click.option("--placement", help=f"{', '.join(sorted(PLACEMENTS))}.  [default: {Scenario.placement}]"),
+    click.option("--eviction", help=f"Which cached blocks leave first: {', '.join(EVICTIONS)}.  "
+                 f"[default: {Scenario.eviction}]"),
     click.option("--slo-ttft", "slo_ttft_s", type=float, help="Limit of every request's TTFT, s.  [default: 30]"),
     click.option("--slo-tbt", "slo_tbt_s", type=float, help="Limit of the mean of its worst tenth of gaps, s.  "
                  "[default: 0.1]"),
@@ -126,37 +132,27 @@ def _require_one_conductor(sweeps: Sequence[str], asked: Scenario) -> None:
 
 
 def default_name(asked: Scenario, sweeps: Sequence[str]) -> str:
-    """The same scenario goes to the same folder, another one to another."""
+    """The same command goes to the same folder, another one to another: a hash of every option ends the name."""
     named = f"{Path(asked.trace).stem} {asked.nodes} {asked.policy} {asked.speedup:g}x seed {asked.seed}"
-    return slug(0, " ".join([named, *sweeps]))[4:]
-
-
-def progress_bar(console: Console) -> Progress:
-    """Goes away when it is done; in files and pipes there is none."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    whole = hashlib.blake2b(_sweep_command(asked, sweeps).encode(), digest_size=4).hexdigest()
+    return f"{slug(0, ' '.join([named, *sweeps]))[4:]}-{whole}"
 
 
 def _simulate_one(asked: Scenario, directory: Path, console: Console, record: Path | None) -> None:
     trace = trace_of(asked)
+    what = f"simulating {len(trace.requests):,} requests"
     tape = None if record is None else Tape(record)
     why = "the simulation failed"
     try:
-        with progress_bar(make_console(stderr=True)) as bar:
-            task = bar.add_task(f"simulating {len(trace.requests):,} requests", total=1.0)
-            found, run = simulate_scenario(asked, trace, "", lambda share: bar.update(task, completed=share), tape)
+        with progress() as show:
+            found, run = simulate_scenario(asked, trace, "", lambda share: show(share, what), tape)
         why = "the simulation ended"
     finally:
         if tape is not None:
             tape.close(why)
     write(run, found, directory)
     console.print(*run_tables(found), sep="\n")
+    _say_left_out([found], console)
     if tape is not None:
         console.print(f"Recording: {escape(str(tape.path))}", soft_wrap=True)
     console.print(f"Report: {escape(str(directory / REPORT))}", soft_wrap=True)
@@ -168,6 +164,7 @@ def _simulate_many(
     work = [
         Job(label, one, str(directory / slug(number, label))) for number, (label, one) in enumerate(combinations, 1)
     ]
+    write_text(directory / LIBRARY, library())  # once, for the reports of all
     results = run_shown(work, num_processes)
     sketches = [result for result in results if not isinstance(result, Crash)]
     if sketches:
@@ -177,30 +174,46 @@ def _simulate_many(
 
 def run_shown(work: Sequence[Job], num_processes: int, what: str = "simulating") -> list[Sketch | Crash]:
     """All of them, under one progress bar that counts those that have ended."""
-    with progress_bar(make_console(stderr=True)) as bar:
-        task = bar.add_task("", total=float(len(work)))
+    with progress() as show:
         shares = [0.0] * len(work)
 
-        def show(index: int, share: float) -> None:
+        def note(index: int, share: float) -> None:
             shares[index] = share
             ended = sum(s >= 1.0 for s in shares)
-            bar.update(task, completed=sum(shares), description=f"{what}: {ended} of {len(work)}")
+            show(sum(shares) / len(work), f"{what}, {ended} of {len(work)} done")
 
-        show(0, 0.0)
-        return run_all(simulate_job, work, num_processes, show)
+        return run_all(simulate_job, work, num_processes, note)
 
 
 def _report(sketches: Sequence[Sketch], directory: Path, console: Console, again: str) -> None:
     console.print(ranking_table(sketches))
     if len(sketches) <= SIDE_BY_SIDE_MAX:
         console.print(*comparison_tables(sketches, console.width), sep="\n")
+    groups = _by_seed(sketches)
+    if any(len(group) > 1 for group in groups.values()):
+        console.print(seeds_table(groups))
+    _say_left_out(sketches, console)
     for found in sketches:
         console.print(f"{found.digest}  {escape(found.label)}", soft_wrap=True)
     figures = [{"label": s.label, "settings": dict(s.settings), "digest": s.digest, "statistics": asdict(s.statistics)}
                for s in sketches]  # fmt: skip
     write_text(directory / "sweep.json", json.dumps({"halfmoon_sweep": 1, "runs": figures}, indent=2) + "\n")
-    write_text(directory / REPORT, comparison_page(f"{len(sketches)} simulations", sketches, again))
+    write_text(directory / REPORT, comparison_page(f"{len(sketches)} simulations", sketches, again, LIBRARY))
     console.print(f"Report: {escape(str(directory / REPORT))}", soft_wrap=True)
+
+
+def _by_seed(sketches: Sequence[Sketch]) -> dict[str, list[Sketch]]:
+    """Those that differ in their seed alone, by what they have in common."""
+    groups: dict[str, list[Sketch]] = {}
+    for found in sketches:
+        groups.setdefault(without_seed(found.label), []).append(found)
+    return groups
+
+
+def _say_left_out(sketches: Sequence[Sketch], console: Console) -> None:
+    said = {left_out(s.settings[SKIPPED], s.settings[FIRST_SKIPPED]) for s in sketches if SKIPPED in s.settings}
+    for sentence in sorted(said):
+        console.print(sentence, style="yellow", markup=False, soft_wrap=True)
 
 
 def _sweep_command(asked: Scenario, sweeps: Sequence[str]) -> str:

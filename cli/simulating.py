@@ -16,10 +16,10 @@ from conductor.recording import ending_line
 from halfmoon.errors import ConfigError
 from report import files
 from report.curves import Sketch, sketch
-from report.html import run_page
+from report.html import LIBRARY, run_page
 from report.records import Run
 from service.lines import create_fresh
-from simulator.config import SimConfig
+from simulator.config import EVICTIONS, SimConfig
 from simulator.faults import parse_faults
 from simulator.policies import PLACEMENTS, make_conductor
 from simulator.presets import load_hardware
@@ -29,13 +29,18 @@ from workload.trace import Trace
 from workload.transforms import TICK_S
 
 REPORT = "report.html"
+SKIPPED, FIRST_SKIPPED = "lines skipped", "first line skipped"
 TICK_SLACK_S = 0.01
 """The published ticks are off by up to 3 ms."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A scenario for another process. `directory`: where its files go; empty: nowhere."""
+    """A scenario for another process.
+
+    Args:
+        directory: where its files go; empty: nowhere. The plotting library lies in the folder above.
+    """
 
     label: str
     scenario: Scenario
@@ -91,7 +96,7 @@ def simulate_job(job: Job, progress: Callable[[float], None]) -> Sketch:
     """
     found, run = simulate_scenario(job.scenario, trace_of(job.scenario), job.label, progress)
     if job.directory:
-        write(run, found, Path(job.directory))
+        write(run, found, Path(job.directory), shared=f"../{LIBRARY}")
     return found
 
 
@@ -131,7 +136,13 @@ def _settings(run: Run, asked: Scenario, trace: Trace) -> dict[str, object]:
     said: dict[str, object] = {}
     for name, value in run.settings.items():
         said |= nodes if name == "nodes" else {name: value}
-    return said | ({"lines skipped": trace.skipped} if trace.skipped else {})
+    return said | ({SKIPPED: trace.skipped, FIRST_SKIPPED: trace.first_skipped} if trace.skipped else {})
+
+
+def left_out(skipped: object, first: object) -> str:
+    """A sentence for people, of what `Trace` counts and tells."""
+    lines = "1 malformed line was" if skipped == 1 else f"{skipped} malformed lines were"
+    return f"{lines} left out; the first: {first}"
 
 
 def trace_of(asked: Scenario) -> Trace:
@@ -150,7 +161,7 @@ def config_of(asked: Scenario, trace: Trace | None = None) -> SimConfig:
         ConfigError: naming the setting, and what is known.
     """
     tick_s = TICK_S if trace is not None and ticked(trace) else 0.0
-    require_policies(asked.policy, asked.placement)
+    require_policies(asked.policy, asked.placement, asked.eviction)
     return SimConfig(
         hardware=load_hardware(asked.hardware),
         prefill=asked.prefill,
@@ -170,15 +181,17 @@ def config_of(asked: Scenario, trace: Trace | None = None) -> SimConfig:
         check=asked.check,
         placement=asked.placement,
         admission=asked.policy,
+        eviction=asked.eviction,
         faults=parse_faults(asked.faults),
     )
 
 
-def require_policies(admission: str, placement: str) -> None:
+def require_policies(admission: str, placement: str, eviction: str) -> None:
     """Raises ConfigError, naming the option and what there is."""
     for option, name, known in (
         ("policy", admission, admissions()),
         ("placement", placement, tuple(sorted(PLACEMENTS))),
+        ("eviction", eviction, EVICTIONS),
     ):
         if name not in known:
             raise ConfigError(key=f"simulate.{option}", value=name, expected=f"one of {', '.join(known)}")
@@ -198,9 +211,10 @@ def ticked(trace: Trace) -> bool:
     return len(trace.requests) > 1 and all(off_s(request.at_s) <= TICK_SLACK_S for request in trace.requests)
 
 
-def write(run: Run, found: Sketch, directory: Path) -> None:
+def write(run: Run, found: Sketch, directory: Path, *, shared: str = "") -> None:
+    """`shared`: where the plotting library is, from `directory`; empty: the report holds it."""
     files.save(run, found.statistics, directory)
-    write_text(directory / REPORT, run_page(found))
+    write_text(directory / REPORT, run_page(found, shared))
 
 
 def write_text(path: Path, text: str) -> None:

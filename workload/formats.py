@@ -66,7 +66,7 @@ def parse_trace(
     Args:
         source: the file's name, for errors and reports.
         kind: one of FORMATS, or "auto": told by the first line that is not blank.
-        skip_bad: leave malformed lines out and count them in `Trace.skipped`.
+        skip_bad: leave malformed lines out, count them in `Trace.skipped` and tell of the first.
         limit: read this many good lines and no more.
 
     Raises:
@@ -76,13 +76,14 @@ def parse_trace(
     numbered = ((number, text) for number, text in enumerate(lines, 1) if text.strip())
     kind, rows = _resolve(numbered, source, kind)
     parser = _mooncake if kind == "mooncake" else _csv_parser(rows, source, kind)
-    requests, skipped = _collect(rows, parser, source, skip_bad, limit)
+    requests, skipped, first_skipped = _collect(rows, parser, source, skip_bad, limit)
     start_s = 0.0 if kind == "mooncake" else requests[0].at_s
     return Trace(
         source=source,
         block_tokens=BLOCK_TOKENS,
         requests=tuple(_shifted(request, start_s) for request in requests) if start_s else tuple(requests),
         skipped=skipped,
+        first_skipped=first_skipped,
     )
 
 
@@ -135,21 +136,21 @@ def _columns(text: str) -> list[str]:
 
 def _collect(
     rows: Iterable[Line], parser: Parser, source: str, skip_bad: bool, limit: int | None
-) -> tuple[list[TraceRequest], int]:
-    """The good lines' requests, and how many lines were skipped."""
+) -> tuple[list[TraceRequest], int, str]:
+    """The good lines' requests, how many lines were skipped, and what is wrong with the first of those."""
     requests: list[TraceRequest] = []
-    skipped = 0
+    skipped, first_skipped = 0, ""
     for number, text in rows:
         if limit is not None and len(requests) >= limit:
             break
         try:
             request = _parse_in_order(parser, text, requests)
         except _Malformed as bad:
+            error = TraceError(source=source, line=number, field=bad.field, value=bad.value, expected=bad.expected)
             if not skip_bad:
-                raise TraceError(
-                    source=source, line=number, field=bad.field, value=bad.value, expected=bad.expected
-                ) from None
+                raise error from None
             skipped += 1
+            first_skipped = first_skipped or str(error)
             continue
         if len(requests) == REQUESTS_MAX:
             expected = f"at most {REQUESTS_MAX:,} requests, or a limit on how many to read"
@@ -157,7 +158,7 @@ def _collect(
         requests.append(request)
     if not requests:
         raise TraceError(source=source, value=f"no request, {skipped} bad lines", expected="one request at least")
-    return requests, skipped
+    return requests, skipped, first_skipped
 
 
 def _parse_in_order(parser: Parser, text: str, before: list[TraceRequest]) -> TraceRequest:

@@ -106,7 +106,7 @@ def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> 
         (("--speedup", "-1"), ("simulate.speedup", "-1.0", "a number above 0")),
         (("--prefill", "0"), ("simulate.prefill", "a prefill and a decode node, or a coupled one")),
         (("--format", "morse"), ("format", "'morse'", "mooncake")),
-        (("--slo-tbt", "0"), ("simulate.slo_tbt_s", "seconds, above 0")),
+        (("--slo-tbt", "0"), ("simulate.slo-tbt", "seconds, above 0")),
         (("--trace", "/nowhere/trace.jsonl"), ("/nowhere/trace.jsonl",)),
         (("--sweep", "polcy=none"), ("simulate.sweep", "'polcy'", "policy")),
         (("--sweep", "policy=none,wishful"), ("simulate.policy", "'wishful'")),
@@ -190,7 +190,7 @@ def test_a_plan_answers_from_simulations_and_says_so() -> None:
         (("--gpus", "12"), "plan.gpus: got 12; expected a multiple of gpus_per_node, 8"),
         (("--gpus", "0"), "plan.gpus: got 0; expected at least 1"),
         (("--gpus", "16", "--policies", "wishful"), "simulate.policy: got 'wishful'"),
-        (("--gpus", "16", "--slo-ttft", "-1"), "simulate.slo_ttft_s: got -1.0"),
+        (("--gpus", "16", "--slo-ttft", "-1"), "simulate.slo-ttft: got -1.0"),
     ],
 )
 def test_a_plan_refuses_bad_input(words: tuple[str, ...], said: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from cli.scenario import COMBINATIONS_MAX, Scenario, command, scenario, slug, sweep
+from cli.scenario import COMBINATIONS_MAX, SHOWN_AS, Scenario, command, scenario, slug, sweep, without_seed
 from conductor.admission_config import AdmissionConfig, Mode
 from conductor.admission_policies import admission_named
 from conductor.config import ConductorConfig
 from halfmoon.errors import ConfigError
 
 BASE = Scenario(trace="chat.jsonl", prefill=8, decode=8)
+FIELDS = {option.replace("_", "-"): name for name, option in SHOWN_AS.items()}
 
 
 @pytest.mark.parametrize(
@@ -23,19 +24,19 @@ BASE = Scenario(trace="chat.jsonl", prefill=8, decode=8)
         ("speedup", -1.0, "a number above 0"),
         ("speedup", float("nan"), "a number above 0"),
         ("speedup", float("inf"), "at most 1e"),
-        ("output_scale", 0.0, "a number above 0"),
-        ("slo_ttft_s", -3.0, "seconds, above 0"),
-        ("slo_tbt_s", 0.0, "seconds, above 0"),
+        ("output-scale", 0.0, "a number above 0"),
+        ("slo-ttft", -3.0, "seconds, above 0"),
+        ("slo-tbt", 0.0, "seconds, above 0"),
         ("prefill", -1, "0 to 1000 nodes"),
         ("prefill", 0, "a prefill and a decode node, or a coupled one"),
         ("requests", 0, "at least 1"),
-        ("jitter_s", -1.0, "0 (off) to 3600 s"),
-        ("belief_bias", 1.0, "a share in [0, 1)"),
+        ("jitter", -1.0, "0 (off) to 3600 s"),
+        ("belief-bias", 1.0, "a share in [0, 1)"),
         ("belief", "0", "0.01 to 100 times the truth"),
         ("belief", "nan", "0.01 to 100 times the truth"),
         ("belief", "much", "0.01 to 100 times the truth"),
         ("belief", "prefill=", "0.01 to 100 times the truth"),
-        ("belief", "prefil=10", "by term (prefill, decode, transfer, queue)"),
+        ("belief", "prefil=10", "by term (prefill, decode, transfer, read, queue)"),
         ("belief", "queue=2,queue=3", "by term"),
         ("belief", "2,decode=3", "by term"),
         ("fit", "melted", "one of online, frozen"),
@@ -44,8 +45,8 @@ BASE = Scenario(trace="chat.jsonl", prefill=8, decode=8)
 )
 def test_what_makes_no_sense_is_refused_by_name(option: str, value: Any, expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        scenario({"trace": "t", option: value})
-    assert caught.value.key == f"simulate.{option}"
+        scenario({"trace": "t", FIELDS.get(option, option.replace("-", "_")): value}, "plan")
+    assert caught.value.key == f"plan.{option}"
     assert expected in caught.value.expected
 
 
@@ -104,6 +105,8 @@ def test_a_sweep_is_every_combination() -> None:
         (["seed=1", "seed=2"], "sweep", "every option in one --sweep only"),
         (["speedup=1,fast"], "simulate.speedup", "a number"),
         (["speedup=1,-2"], "simulate.speedup", "a number above 0"),
+        (["slo-ttft=1,-2"], "simulate.slo-ttft", "seconds, above 0"),
+        (["belief=1,much"], "simulate.belief", "0.01 to 100 times the truth"),
         (["seed=" + ",".join(map(str, range(COMBINATIONS_MAX + 1)))], "sweep", f"at most {COMBINATIONS_MAX}"),
     ],
 )
@@ -112,6 +115,12 @@ def test_a_sweep_that_makes_no_sense_is_refused(texts: list[str], key: str, expe
         sweep(BASE, texts)
     assert caught.value.key == key
     assert expected in caught.value.expected
+
+
+def test_a_label_without_its_seed_is_what_runs_have_in_common() -> None:
+    labels = [label for label, _ in sweep(BASE, ["policy=early,none", "seed=1,2"])]
+    assert [without_seed(label) for label in labels] == ["policy early"] * 2 + ["policy none"] * 2
+    assert without_seed(sweep(BASE, ["seed=1,2"])[0][0]) == ""
 
 
 def test_folders_are_told_apart_and_recognised() -> None:

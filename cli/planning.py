@@ -2,16 +2,19 @@
 
 All candidates serve the same arrivals, so they are ranked by how many requests finish within both limits; goodput is
 that number over the time in which requests arrive. Equals are ranked by how far their 90th percentiles stay under the
-limits.
+limits. The search runs on one seed; its finalists are then compared over several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfmoon.errors import ConfigError
 from report.curves import Sketch
+
+FINALISTS = 4
+"""Candidates whose rank one seed may have decided: so many, and the best of another shape, are tried on others."""
 
 SHAPES_AT_ONCE = 15
 """Ratios tried in one round: all of a cluster of 16 nodes; larger ones are narrowed down from so many."""
@@ -31,11 +34,24 @@ class Shape:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is simulated. `belief`: costs are believed so many times the truth at first; None: as the seed draws it."""
+    """What is simulated.
+
+    Args:
+        belief: costs are believed so many times the truth at first; None: as the seed draws it.
+        seed: added to the first seed.
+        load: requests come so many times as fast.
+    """
 
     shape: Shape
     policy: str
     belief: float | None = None
+    seed: int = 0
+    load: float = 1.0
+
+    @property
+    def competes(self) -> bool:
+        """It is as the others are; not so: it only shows how sure something is."""
+        return self.belief is None and self.seed == 0 and self.load == 1.0
 
     def __str__(self) -> str:
         return f"{self.shape}, {self.policy}"
@@ -56,6 +72,26 @@ class Verdict:
     strain: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """One figure over several seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """A finalist over several seeds."""
+
+    candidate: Candidate
+    effective: Spread
+    goodput_per_s: Spread
+    capacity: Spread
+    strain: Spread
+
+
 Verdicts = Mapping[Candidate, Verdict]
 
 
@@ -65,11 +101,11 @@ def num_nodes(gpus: int, gpus_per_node: int) -> int:
     Raises:
         ConfigError: none, or a rest.
     """
-    for key, value in (("gpus", gpus), ("gpus_per_node", gpus_per_node)):
+    for key, value in (("gpus", gpus), ("gpus-per-node", gpus_per_node)):
         if value < 1:
             raise ConfigError(key=f"plan.{key}", value=value, expected="at least 1")
     if gpus % gpus_per_node:
-        expected = f"a multiple of gpus_per_node, {gpus_per_node}"
+        expected = f"a multiple of --gpus-per-node, {gpus_per_node}"
         raise ConfigError(key="plan.gpus", value=gpus, expected=expected)
     return gpus // gpus_per_node
 
@@ -121,13 +157,13 @@ def neighbours(shape: Shape) -> list[Shape]:
 
 
 def ranked(verdicts: Verdicts) -> list[Candidate]:
-    """Best first; the runs under another belief are left out."""
+    """Best first; runs under another belief, seed or load are left out."""
 
     def order(candidate: Candidate) -> tuple[int, float, str]:
         said = verdicts[candidate]
         return (-said.effective, said.strain, str(candidate))
 
-    return sorted((c for c in verdicts if c.belief is None), key=order)
+    return sorted((c for c in verdicts if c.competes), key=order)
 
 
 def runner_up(verdicts: Verdicts) -> Candidate | None:
@@ -136,10 +172,44 @@ def runner_up(verdicts: Verdicts) -> Candidate | None:
     return next((c for c in others if c.shape != best.shape), None)
 
 
-def indistinct(verdicts: Verdicts) -> int:
-    """How many shapes serve as many requests within both limits as the best does."""
-    most = max(said.effective for said in verdicts.values())
-    return len({c.shape for c, said in verdicts.items() if c.belief is None and said.effective == most})
+def finalists(verdicts: Verdicts) -> list[Candidate]:
+    """Those to be tried on further seeds."""
+    first, second = ranked(verdicts)[:FINALISTS], runner_up(verdicts)
+    return first if second is None or second in first else [*first, second]
+
+
+def on_seeds(candidate: Candidate, seeds: int) -> list[Candidate]:
+    """The candidate on the first seed and on those after it."""
+    return [replace(candidate, seed=seed) for seed in range(seeds)]
+
+
+def finals(verdicts: Verdicts, candidates: Iterable[Candidate], seeds: int) -> list[Final]:
+    """Best first, by their means over seeds; all of them have been simulated."""
+
+    def final(candidate: Candidate) -> Final:
+        said = [verdicts[one] for one in on_seeds(candidate, seeds)]
+        return Final(
+            candidate=candidate,
+            effective=_spread_of([v.effective for v in said]),
+            goodput_per_s=_spread_of([v.goodput_per_s for v in said]),
+            capacity=_spread_of([v.capacity for v in said]),
+            strain=_spread_of([v.strain for v in said]),
+        )
+
+    return sorted(
+        (final(candidate) for candidate in candidates),
+        key=lambda f: (-f.effective.mean, f.strain.mean, str(f.candidate)),
+    )
+
+
+def tied(ranking: Sequence[Final]) -> list[Final]:
+    """Those whose range over seeds overlaps the best's: what these seeds cannot tell from it."""
+    best, *others = ranking
+    return [f for f in others if f.effective.high >= best.effective.low]
+
+
+def _spread_of(values: Sequence[float]) -> Spread:
+    return Spread(mean=sum(values) / len(values), low=min(values), high=max(values))
 
 
 def best_per_shape(verdicts: Verdicts) -> list[Candidate]:

@@ -95,7 +95,7 @@ BROKEN = (
     (grants_to_those_who_are_too_late, "granted past its deadline", {}),
     (loses_a_slot, "free list", {}),
     (ends_nobody, "requests open", {"slo_ttft_s": 0.001}),
-    (keeps_holders_of_what_is_gone, "holders and copies disagree", {}),
+    (keeps_holders_of_what_is_gone, "holders and copies disagree", {"hardware": {"prefill_blocks": 40}}),
 )
 
 
@@ -105,4 +105,4 @@ def test_a_broken_promise_is_seen(
 ) -> None:
     mutate(monkeypatch)
     with pytest.raises(Failed, match=said):
-        run(3, 60, **settings)
+        run(3, 60, admission="baseline", **settings)

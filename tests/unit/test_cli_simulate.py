@@ -12,9 +12,11 @@ from click.testing import CliRunner, Result
 
 from cli.main import main
 from cli.scenario import Scenario, command
+from cli.simulate import default_name
 from cli.simulating import config_of, simulate_scenario, ticked, trace_of
 from halfmoon.errors import Failed
 from report.files import load
+from report.html import library
 from report.statistics import statistics
 from simulator.simulation import Simulation
 from tests.traces import FIXTURE
@@ -78,9 +80,26 @@ def test_a_sweep_runs_every_combination(tmp_path: Path) -> None:
         assert load(folder).digest == entry["digest"]
         assert f"{entry['digest']}  {label}" in result.output
         assert label in page
+        report = (folder / "report.html").read_text()
+        assert len(report) < 500_000
+        assert "<script src='../plotly.min.js'></script>" in report
+    assert "<script src='plotly.min.js'></script>" in page
+    assert (tmp_path / "plotly.min.js").read_text(encoding="utf-8") == library()
     alone = Scenario(trace=str(FIXTURE), requests=40, prefill=2, decode=1, speedup=8.0, policy="baseline")
     found, _ = simulate_scenario(alone, trace_of(alone))
     assert found.digest == runs["speedup 8, policy baseline"]["digest"], "a worker's run is the run"
+
+
+def test_seeds_of_a_sweep_are_put_together(tmp_path: Path) -> None:
+    sweeps = ("--sweep", "policy=baseline,none", "--sweep", "seed=1,2", "--jobs", "1")
+    result = halfmoon("simulate", *SMALL, *FAST, *sweeps, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    runs = {entry["label"]: entry for entry in json.loads((tmp_path / "sweep.json").read_text())["runs"]}
+    table = result.output.split("Over seeds: mean (lowest to highest)")[1]
+    for policy in ("baseline", "none"):
+        shares = [100 * runs[f"policy {policy}, seed {seed}"]["statistics"]["capacity"] for seed in (1, 2)]
+        said = f"{sum(shares) / 2:.1f} ({min(shares):.1f} to {max(shares):.1f})"
+        assert re.search(rf"policy {policy} +2 +{re.escape(said)}", table), table
 
 
 def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> None:
@@ -106,7 +125,12 @@ def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> 
         (("--speedup", "-1"), ("simulate.speedup", "-1.0", "a number above 0")),
         (("--prefill", "0"), ("simulate.prefill", "a prefill and a decode node, or a coupled one")),
         (("--format", "morse"), ("format", "'morse'", "mooncake")),
-        (("--slo-tbt", "0"), ("simulate.slo-tbt", "seconds, above 0")),
+        (("--slo-tbt", "0"), ("simulate.slo-tbt:", "seconds, above 0")),
+        (("--belief", "0"), ("simulate.belief:", "0.01 to 100 times the truth")),
+        (("--jitter", "-1"), ("simulate.jitter:", "0 (off) to 3600 s")),
+        (("--eviction", "wishful"), ("simulate.eviction", "'wishful'", "lru, lfu, length_aware, s3fifo")),
+        (("--hardware", "/nowhere/node.yaml"), ("hardware", "'/nowhere/node.yaml'", "no such file")),
+        (("--faults", "slow_tier=50"), ("faults.slow_tier", "no node has a DRAM tier", "a800-llama-70b-dram")),
         (("--trace", "/nowhere/trace.jsonl"), ("/nowhere/trace.jsonl",)),
         (("--sweep", "polcy=none"), ("simulate.sweep", "'polcy'", "policy")),
         (("--sweep", "policy=none,wishful"), ("simulate.policy", "'wishful'")),
@@ -129,6 +153,37 @@ def test_malformed_lines_are_refused_or_counted(tmp_path: Path) -> None:
     taken = halfmoon("simulate", "--trace", str(bad), "--skip-bad", "--out", str(tmp_path / "out"))
     assert taken.exit_code == 0, taken.output
     assert load(tmp_path / "out").settings["lines skipped"] == 1
+    said = f"1 malformed line was left out; the first: {bad}, line 21, input_length: "
+    assert said in taken.output
+    sweeps = ("--sweep", "seed=1,2", "--jobs", "1")
+    swept = halfmoon("simulate", "--trace", str(bad), "--skip-bad", *sweeps, "--out", str(tmp_path / "swept"))
+    assert swept.output.count(said) == 1, swept.output
+    limits = ("--slo-ttft", "3", "--slo-tbt", "0.1", "--gpus", "8", "--policies", "none", "--seeds", "1")
+    planned = halfmoon("plan", "--trace", str(bad), "--skip-bad", *limits, "--jobs", "1")
+    assert planned.output.count(said) == 1, planned.output
+
+
+def test_folders_are_told_apart_by_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fast, many = ("--requests", "3"), ("random", "algorithm1", "random")
+    reports = []
+    for placement in many:
+        done = halfmoon("simulate", *SMALL, *fast, "--placement", placement)
+        assert done.exit_code == 0, done.output
+        reports += re.findall(r"Report: (runs/synthetic_chat-2P\+1D-baseline-1x-seed-1-\S+/report.html)", done.output)
+    assert reports[0] == reports[2] != reports[1]
+    assert [load(Path(report).parent).settings["placement"] for report in reports[1:]] == ["algorithm1", "random"]
+    base = Scenario(trace="a/chat.jsonl")
+    others = [
+        replace(base, **{name: value})  # type: ignore[arg-type]
+        for name, value in (
+            ("slo_ttft_s", 3.0), ("faults", "crash=1"), ("hardware", "h800-llama-70b"), ("requests", 9),
+            ("belief", "1.2"), ("jitter_s", 1.0), ("trace", "b/chat.jsonl"), ("eviction", "lfu"),
+        )
+    ]  # fmt: skip
+    long = [f"placement={'random,' * 20}{last}" for last in ("algorithm1", "round_robin")]
+    names = [default_name(one, []) for one in (base, *others)] + [default_name(base, [text]) for text in long]
+    assert len(set(names)) == len(names)
 
 
 def test_arrivals_in_ticks_are_spread_and_others_are_not() -> None:
@@ -163,7 +218,7 @@ def test_a_broken_promise_ends_with_the_whole_command(monkeypatch: pytest.Monkey
 def test_a_plan_answers_from_simulations_and_says_so() -> None:
     result = halfmoon(
         "plan", "--trace", str(FIXTURE), "--requests", "20", "--speedup", "8", "--slo-ttft", "3", "--slo-tbt", "0.1",
-        "--gpus", "16",
+        "--gpus", "16", "--seeds", "1",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     for shape in ("1P+1D", "2C"):
@@ -184,13 +239,35 @@ def test_a_plan_answers_from_simulations_and_says_so() -> None:
     assert f"See it whole: {command(asked)}" in result.output
 
 
+def test_a_plan_compares_its_finalists_over_seeds() -> None:
+    result = halfmoon(
+        "plan", "--trace", str(FIXTURE), "--requests", "20", "--speedup", "8", "--slo-ttft", "3", "--slo-tbt", "0.1",
+        "--gpus", "16", "--policies", "none", "--seeds", "2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    finalists = result.output.split("The finalists over 2 seeds: mean (lowest to highest)")[1].split("Sensitivity")[0]
+    for shape in ("1P+1D", "2C"):
+        shares = []
+        for seed in (1, 2):
+            nodes = {"prefill": 1, "decode": 1} if shape == "1P+1D" else {"prefill": 0, "decode": 0, "coupled": 2}
+            asked = Scenario(
+                trace=str(FIXTURE), requests=20, speedup=8.0, slo_ttft_s=3.0, policy="none", seed=seed, **nodes
+            )
+            shares.append(simulate_scenario(asked, trace_of(asked))[0].statistics.effective / 20 * 100)
+        assert f"{sum(shares) / 2:.1f} ({min(shares):.1f} to {max(shares):.1f})" in finalists
+    assert "load: -20%" in result.output
+    assert "load: +20%" in result.output
+    assert "ranges overlap" in result.output or "No other finalist's range reaches the best's" in result.output
+    assert "seed 1 and 1 after it" in result.output
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--gpus", "12"), "plan.gpus: got 12; expected a multiple of gpus_per_node, 8"),
+        (("--gpus", "12"), "plan.gpus: got 12; expected a multiple of --gpus-per-node, 8"),
         (("--gpus", "0"), "plan.gpus: got 0; expected at least 1"),
         (("--gpus", "16", "--policies", "wishful"), "simulate.policy: got 'wishful'"),
-        (("--gpus", "16", "--slo-ttft", "-1"), "simulate.slo-ttft: got -1.0"),
+        (("--gpus", "16", "--slo-ttft", "-1"), "plan.slo-ttft: got -1.0"),
     ],
 )
 def test_a_plan_refuses_bad_input(words: tuple[str, ...], said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,13 +12,16 @@ from cli.planning import (
     Shape,
     Verdict,
     best_per_shape,
+    finalists,
+    finals,
     first_round,
-    indistinct,
     neighbours,
     next_round,
     num_nodes,
+    on_seeds,
     ranked,
     runner_up,
+    tied,
     verdict,
 )
 from halfmoon.errors import ConfigError
@@ -78,18 +82,45 @@ def test_equals_are_ranked_by_how_far_they_stay_under_their_limits() -> None:
     tight, easy = Candidate(Shape(1, 3), "early"), Candidate(Shape(2, 2), "early")
     verdicts = {tight: said(900, 0.9), easy: said(900, 0.2), Candidate(Shape(3, 1), "early"): said(899, 0.1)}
     assert ranked(verdicts)[:2] == [easy, tight]
-    assert indistinct(verdicts) == 2
     assert [str(c.shape) for c in best_per_shape(verdicts)] == ["1P+3D", "2P+2D", "3P+1D"]
 
 
 def test_runs_under_another_belief_do_not_compete() -> None:
     plain, misled = Candidate(Shape(1, 1), "early"), Candidate(Shape(1, 1), "early", 1.2)
-    assert ranked({plain: said(1), misled: said(2)}) == [plain]
+    lucky, idle = replace(plain, seed=1), replace(plain, load=0.8)
+    assert ranked({plain: said(1), misled: said(2), lucky: said(3), idle: said(4)}) == [plain]
+
+
+def test_finalists_are_the_first_few_and_the_best_of_another_shape() -> None:
+    one, other = Shape(1, 3), Shape(2, 2)
+    names = ("a", "b", "c", "d", "e")
+    verdicts = {Candidate(one, name): said(900 - n) for n, name in enumerate(names)}
+    assert finalists(verdicts) == [Candidate(one, name) for name in "abcd"]
+    verdicts[Candidate(other, "e")] = said(10)
+    assert finalists(verdicts) == [*(Candidate(one, name) for name in "abcd"), Candidate(other, "e")]
+    verdicts[Candidate(other, "a")] = said(899, 0.1)
+    assert finalists(verdicts) == [Candidate(s, n) for s, n in ((one, "a"), (other, "a"), (one, "b"), (one, "c"))]
+
+
+def test_a_lucky_seed_does_not_win_and_overlapping_ranges_are_a_tie() -> None:
+    lucky, steady, near, far = (Candidate(Shape(n, 5 - n), "early") for n in range(1, 5))
+    seen = {lucky: (900, 800, 850), steady: (890, 880, 894), near: (880, 881, 870), far: (879, 879, 879)}
+    verdicts = {
+        one: said(count)
+        for candidate, counts in seen.items()
+        for one, count in zip(on_seeds(candidate, 3), counts, strict=True)
+    }
+    ranking = finals(verdicts, seen, 3)
+    assert [final.candidate for final in ranking] == [steady, far, near, lucky]
+    best = ranking[0].effective
+    assert (best.mean, best.low, best.high) == (888, 880, 894)
+    assert [final.candidate for final in tied(ranking)] == [near, lucky]
+    assert finals(verdicts, seen, 1)[0].candidate == lucky
 
 
 def test_gpus_are_whole_nodes() -> None:
     assert num_nodes(128, 8) == 16
-    for gpus, per_node, key in ((12, 8, "plan.gpus"), (0, 8, "plan.gpus"), (8, 0, "plan.gpus_per_node")):
+    for gpus, per_node, key in ((12, 8, "plan.gpus"), (0, 8, "plan.gpus"), (8, 0, "plan.gpus-per-node")):
         with pytest.raises(ConfigError) as caught:
             num_nodes(gpus, per_node)
         assert caught.value.key == key

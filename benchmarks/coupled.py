@@ -292,8 +292,8 @@ def show(name: str, found: dict[Case, Seen], more: dict[Case, Seen]) -> None:
             shown = [_rate(case, seen, limit_s) for limit_s in LIMITS_S]
             table.add_row(str(case.nodes), *shown, shares, f"{at_1.ttft_p90_s:.1f}", f"{1000 * at_1.tbt_p90_s:.0f}")
     console.print(table)
-    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: the best of each kind, mean (least to most) over the seeds")
-    for column in ("TBT limit", "disaggregated", "requests/s", "coupled", "requests/s", "first against second"):
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: the best of each kind, over the seeds")
+    for column in ("TBT limit", "disaggregated", "requests/s", "coupled", "requests/s", "change"):
         table.add_column(column, justify="right")
     for limit_s in LIMITS_S:
         kinds = [best_of(found, name, coupled, limit_s) for coupled in (False, True)]
@@ -312,7 +312,7 @@ def _rate(case: Case, seen: Seen, limit_s: float) -> str:
 
 
 def _rates(case: Case, found: dict[Case, Seen], more: dict[Case, Seen], limit_s: float) -> list[float]:
-    """Of every seed; none where the first one met the goal nowhere."""
+    """Of every seed there is; none where the first one met the goal nowhere."""
     if found[case].best[limit_s] < case.low:
         return []
     runs = [(case, found[case])]
@@ -324,7 +324,7 @@ def _rates(case: Case, found: dict[Case, Seen], more: dict[Case, Seen], limit_s:
 
 
 def _spread(rates: list[float]) -> str:
-    return f"{statistics.fmean(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})" if rates else "none"
+    return f"{statistics.fmean(rates):.2f}, {min(rates):.2f}-{max(rates):.2f}" if rates else "none"
 
 
 @click.command()

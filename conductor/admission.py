@@ -45,6 +45,7 @@ class Flight(NamedTuple):
         prefill_left_s: until its prefill is predicted to end; 0 once it has.
         decoding_for_s: None before it has joined the batch.
         share: how much of it counts, where its decode worker may be any of several.
+        reserved: its decode worker has given it room.
     """
 
     decode_node: NodeId | None
@@ -54,6 +55,7 @@ class Flight(NamedTuple):
     prefill_left_s: float
     decoding_for_s: float | None
     share: float = 1.0
+    reserved: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,5 +246,16 @@ def queue_full(open_requests: int, limit: int, retry_after_s: float) -> Rejected
         predicted=float(open_requests + 1),
         limit=float(limit),
         unit="requests",
+        retry_after_s=min(RETRY_S_MAX, max(RETRY_S_MIN, retry_after_s)),
+    )
+
+
+def no_turn(waited_s: float, limit_s: float, retry_after_s: float) -> Rejected:
+    """It was deferred for as long as its TTFT limit allows, and others had the room that it would have fitted into."""
+    return Rejected(
+        reason="no_turn",
+        predicted=waited_s,
+        limit=limit_s,
+        unit="s",
         retry_after_s=min(RETRY_S_MAX, max(RETRY_S_MIN, retry_after_s)),
     )

@@ -38,17 +38,18 @@ class AdmissionConfig:
         slack_share: of the TTFT limit, within which a deferred request must be able to have its first token.
         defer_s_max: how long a request without a TTFT limit is deferred.
         deferred_max: requests deferred at once; further ones are refused as they come.
-        backfill: how many deferred requests behind one that does not fit are tried each time.
-        size_bonus: a deferred request is taken for this much older per second of its own prefill: a long prompt has
-            less time to wait, and would otherwise lose every race.
-        priority_step_s: one step of priority makes a deferred request this much older. So a lower class is overtaken
-            by a bounded set of later arrivals only: nobody starves.
+        backfill: how many more are tried each time, when one whose turn it is does not fit.
+        size_fairness: how chances are dealt out to requests of different size (conductor.shares): at 1 every request
+            has the same, at 0.5 every token of KV, at 0 large ones have less.
+        patience_s: who has been deferred for so long goes before all who have not: nobody starves.
+        priority_step_s: one step of priority makes a deferred request this much older.
         class_headroom: of every limit, kept free from requests of each priority below 0; at most half of it in all.
             Waiting `priority_step_s` lifts a request by one step.
         sigmas: `forecast` keeps so many standard deviations of the KV it expects free.
         horizon_s: `forecast` counts on no more of the room that running requests will leave than what they leave in
             this time.
-        reserve_share: of its predicted prefill, after which a request that was let in on a forecast asks for its room.
+        pulls_ahead: a request that was let in on a forecast asks for its room so many times its predicted pull before
+            the predicted end of its prefill.
 
     Raises:
         ConfigError: naming the key, the value and what was expected.
@@ -63,20 +64,21 @@ class AdmissionConfig:
     slack_share: float = 0.85
     defer_s_max: float = 600.0
     deferred_max: int = 1024
-    backfill: int = 4
-    size_bonus: float = 0.8
+    backfill: int = 8
+    size_fairness: float = 0.4
+    patience_s: float = 30.0
     priority_step_s: float = 10.0
     class_headroom: float = 0.05
     sigmas: float = 2.0
     horizon_s: float = 4.0
-    reserve_share: float = 0.5
+    pulls_ahead: float = 1.0
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type == "float" and not (math.isfinite(value) and value >= 0.0):
                 self._refuse(f.name, "a finite number, 0 or more")
-        for name in ("slack_share", "reserve_share", "class_headroom"):
+        for name in ("slack_share", "class_headroom", "size_fairness"):
             if getattr(self, name) > 1.0:
                 self._refuse(name, "a share, at most 1")
         for name in ("priority_step_s", "defer_s_max"):

@@ -19,6 +19,9 @@ from halfmoon.types import NodeId
 CHECKPOINTS_MAX = 4
 """Moments at which `Forecast` looks at a worker: this prefill's end, and the latest of those already let in."""
 
+SHARED_MAX = 0.5
+"""More than this is not believed of a report that may be late."""
+
 SEQUENCE_BLOCKS = 1.5
 """What a sequence takes beside its tokens: half of its last block, and the block that its worker keeps for its next."""
 
@@ -72,6 +75,19 @@ def decode_now(case: Case) -> list[Finding]:
         room(case, tokens, worker),
         sequences(case, batch, worker),
     ]
+
+
+def shared(worker: Worker, flights: Sequence[Flight], block_size: int) -> float:
+    """Of the KV that sequences on this worker have, the share that they have in common, so that it takes room once.
+
+    By its last report, which counts the tokens of each sequence and the blocks of all; those that have room and do not
+    run yet are in its blocks only.
+    """
+    load = worker.load
+    pulling = sum(f.tokens for f in flights if f.reserved and f.decoding_for_s is None)
+    tokens = load.kv_tokens + pulling + 0.5 * block_size * load.running_sequences
+    used = (worker.num_blocks - load.room) * block_size
+    return min(SHARED_MAX, max(0.0, 1.0 - used / tokens)) if load.kv_tokens > 0 and load.room > 0 else 0.0
 
 
 def _idle(case: Case, node_id: NodeId) -> bool:
@@ -183,6 +199,7 @@ class Forecast:
         outlives, horizon_s = case.lengths.outlives, case.config.horizon_s
         steps = 1.0 / max(1e-6, worker.cost.decode_seconds(max(1, worker.batch), worker.kv_tokens))
         overhead = SEQUENCE_BLOCKS * case.block_size
+        alone = 1.0 - shared(worker, flights, case.block_size)
         tokens = variance = batch = 0.0
         for f in flights:
             if f.prefill_left_s > at_s:
@@ -190,7 +207,7 @@ class Forecast:
             age = f.emitted + (f.decoding_for_s or 0.0) * steps
             more = min(at_s - f.prefill_left_s, horizon_s) * steps
             there = outlives(age, more, f.output_max)
-            kv = f.tokens - f.emitted + min(age + more, f.output_max) + overhead
+            kv = alone * (f.tokens - f.emitted + min(age + more, f.output_max)) + overhead
             tokens += f.share * there * kv
             variance += f.share * there * (1.0 - there) * kv * kv
             batch += f.share * there

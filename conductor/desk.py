@@ -74,7 +74,7 @@ class Desk:
         self.closing: dict[tuple[AttemptId, NodeId, Epoch], float] = {}
         self.seekers: dict[RequestId, None] = {}  # placed, but no decode worker had room: who has waited longest first
         self.counters: Counter[str] = Counter()
-        self.waiting = WaitingRoom()
+        self.waiting = WaitingRoom(self.view, admission.config)
         self.swing = Swing()
         self.lengths = OutputLengths()
         self.output_tokens = RunningMean()

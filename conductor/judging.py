@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from conductor.admission import Case, Flight, Stage, Verdict, queue_full, refusal
+from conductor.admission import Case, Flight, Stage, Verdict, no_turn, queue_full, refusal
 from conductor.attempts import Attempt, Phase, Request
 from conductor.desk import Desk
 from conductor.effects import Slo
 from conductor.policy import Placement
 from conductor.scoring import DecodeScore, PrefillScore, Query
-from conductor.waiting import rank
+from conductor.shares import size_class
+from conductor.view import Claim
+from conductor.waiting import Line
+from halfmoon.errors import Rejected
 from halfmoon.types import NodeId, Outcome
 
 
@@ -29,26 +32,26 @@ class Judge:
         if request.placed:
             return True
         prefill, decode = placement.option
-        case = self._case(Stage.ARRIVAL, request, query, prefill, decode, now_s)
-        if request.spec.request_id in desk.waiting and self._still_waits(request, case, prefill, now_s):
-            return False
-        request.record.verdicts = desk.admission.judge(case)
-        refused = refusal(request.record.verdicts)
-        why = refused.reason if refused is not None else self._must_wait(request, prefill)
-        if not why:
-            return True
+        refused = self._on_arrival(request, query, prefill, decode, now_s)
+        line = Line(request.spec.priority, size_class(query.blocks_expected * query.block_size))
+        why = refused.reason if refused is not None else self._must_wait(request)
         ends_s = self._slack_ends_s(request, prefill)
-        if refused is None and now_s >= ends_s:
-            return True  # it cannot let others go first, and only a guess says that it is late already
+        newcomer = request.spec.request_id not in desk.waiting
+        if not why or (refused is None and newcomer and now_s >= ends_s):  # it cannot let others go first
+            desk.waiting.shares.see(line.size, let_in=True)
+            return True
         waits = desk.admission.config.defer and (refused is None or refused.waits)
-        if waits and now_s < ends_s and self._defer(request, prefill, why, now_s):
+        if waits and now_s < ends_s and self._defer(request, line, why, now_s):
             request.set_phase(Phase.DEFERRED, defer=ends_s)
+            if request.spec.request_id == desk.waiting.in_turn:
+                self._claim(request, query, placement)
             return False
+        desk.waiting.shares.see(line.size, let_in=False)
         at_s = now_s - request.arrived_s
         request.record.choices.append(desk.decisions.choice(placement, request.number, "rejected", at_s))
-        desk.counters[f"rejected_{why if refused is not None else 'queue_full'}"] += 1
-        full = queue_full(len(desk.waiting), desk.admission.config.deferred_max, desk.decode_s.value or 1.0)
-        desk.end(request, Outcome.REJECTED, full if refused is None else refused.error(), now_s)
+        error = refused.error() if refused is not None else self._passed_over(request, now_s, ends_s)
+        desk.counters[f"rejected_{why if refused is not None else error.reason}"] += 1
+        desk.end(request, Outcome.REJECTED, error, now_s)
         return False
 
     def on_prefilled(self, request: Request, query: Query, decode: DecodeScore, now_s: float) -> Verdict | None:
@@ -69,16 +72,13 @@ class Judge:
 
     # ---- inside ----
 
-    def _still_waits(self, request: Request, case: Case, prefill: PrefillScore, now_s: float) -> bool:
-        """Judged again, and still refused for now. Its record keeps the verdicts of its arrival until the last ones."""
-        refused = self._desk.admission.refuses(case)
-        if refused is None or not refused.waits:
-            return False
-        ends_s = self._slack_ends_s(request, prefill)
-        if now_s >= ends_s:
-            return False
-        request.set_phase(Phase.DEFERRED, defer=ends_s)
-        return True
+    def _on_arrival(
+        self, request: Request, query: Query, prefill: PrefillScore, decode: DecodeScore, now_s: float
+    ) -> Verdict | None:
+        """The refusal in force, if there is one. Judged again, the new verdicts replace the old ones."""
+        verdicts = self._desk.admission.judge(self._case(Stage.ARRIVAL, request, query, prefill, decode, now_s))
+        request.record.verdicts = verdicts
+        return refusal(verdicts)
 
     def _slack_ends_s(self, request: Request, prefill: PrefillScore) -> float:
         """Until when it may wait, and then still have its first token in time, if no other prompt is ahead of it."""
@@ -89,29 +89,52 @@ class Judge:
         needs_s = prefill.ttft_s - prefill.queue_s if prefill.in_range else 0.0
         return request.arrived_s + config.slack_share * limit - needs_s
 
-    def _must_wait(self, request: Request, prefill: PrefillScore) -> str:
-        """Why a request that would be taken on must let others go first; empty if it need not."""
-        waiting, config = self._desk.waiting, self._desk.admission.config
-        if not waiting or not config.defer or request.spec.request_id in waiting:
-            return ""
-        ahead = waiting.ahead_of(self._rank(request, prefill))
-        return f"{ahead} others wait" if ahead > config.backfill else ""
+    def _must_wait(self, request: Request) -> str:
+        """Why a request that would be taken on must let others go first; empty if it need not.
 
-    def _defer(self, request: Request, prefill: PrefillScore, why: str, now_s: float) -> bool:
+        A newcomer waits where others do, for the next judgement at least: its turn may be before theirs. Who has
+        waited is let in in its turn only, even at the end of its wait.
+        """
+        waiting, request_id = self._desk.waiting, request.spec.request_id
+        if not waiting or not self._desk.admission.config.defer or request_id == waiting.in_turn:
+            return ""
+        if request_id not in waiting:
+            waiting.freed = True
+        return f"{len(waiting) - (request_id in waiting)} others wait"
+
+    def _passed_over(self, request: Request, now_s: float, ends_s: float) -> Rejected:
+        """Nothing refuses it but that others go first: too many wait, or it has waited for as long as it could."""
+        desk = self._desk
+        retry_s = desk.decode_s.value or 1.0
+        if request.spec.request_id in desk.waiting:
+            return no_turn(now_s - request.arrived_s, ends_s - request.arrived_s, retry_s)
+        return queue_full(len(desk.waiting), desk.admission.config.deferred_max, retry_s)
+
+    def _defer(self, request: Request, line: Line, why: str, now_s: float) -> bool:
         """Let it wait for room, if there is room for one more that waits."""
         desk, request_id = self._desk, request.spec.request_id
         if request_id in desk.waiting:
             return True
         if len(desk.waiting) >= desk.admission.config.deferred_max:
             return False
-        desk.waiting.add(request_id, self._rank(request, prefill))
+        desk.waiting.add(request_id, line, request.arrived_s)
         desk.counters["deferred"] += 1
         desk.note(request, now_s, f"deferred: {why}")
         return True
 
-    def _rank(self, request: Request, prefill: PrefillScore) -> float:
-        compute_s = prefill.ttft_s - prefill.queue_s
-        return rank(request.arrived_s, request.spec.priority, compute_s, self._desk.admission.config)
+    def _claim(self, request: Request, query: Query, placement: Placement) -> None:
+        """Keep room for it where it would have been placed."""
+        prefill, decode = placement.option
+        worker = self._desk.view.get(decode.node_id)
+        assert worker is not None, f"{decode.node_id} was picked but is not there"
+        claim = Claim(
+            request_id=request.spec.request_id,
+            tokens=query.num_tokens,
+            blocks=query.blocks_expected,
+            output_max=request.spec.sampling.max_tokens,
+            prefill_s=prefill.ttft_s,
+        )
+        self._desk.waiting.claim(worker, claim)
 
     def _case(
         self,
@@ -151,12 +174,26 @@ class Judge:
         booked = worker.decoding() if worker is not None else ()
         here = (requests[a.request_id] for a in booked if a.request_id in requests)
         flights = [_flight(r, r.attempt, now_s) for r in here if r.attempt is not None]
+        if worker is not None and worker.claim is not None:
+            flights.append(_claimed(worker.claim, node_id))
         seeking = [requests[name] for name in self._desk.seekers]
         if seeking:
             share = 1.0 / max(1, sum(w.decodes for w in self._desk.view))
             free = ((r, r.attempt) for r in seeking)
             flights += [_flight(r, a, now_s, share) for r, a in free if a is not None and a.decode is None]
         return flights
+
+
+def _claimed(claim: Claim, node_id: NodeId) -> Flight:
+    """As if it had been let in just now."""
+    return Flight(
+        decode_node=node_id,
+        tokens=claim.tokens,
+        emitted=0,
+        output_max=claim.output_max,
+        prefill_left_s=claim.prefill_s,
+        decoding_for_s=None,
+    )
 
 
 def _flight(request: Request, attempt: Attempt, now_s: float, share: float = 1.0) -> Flight:
@@ -169,4 +206,5 @@ def _flight(request: Request, attempt: Attempt, now_s: float, share: float = 1.0
         prefill_left_s=0.0 if attempt.first_token_id is not None else left_s,
         decoding_for_s=None if attempt.joined_s is None else now_s - attempt.joined_s,
         share=share,
+        reserved=attempt.reserved,
     )

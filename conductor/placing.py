@@ -20,6 +20,7 @@ from conductor.judging import Judge
 from conductor.policy import Placement, place, place_decode
 from conductor.scoring import DecodeScore, Query, fits_decode, fits_prefill
 from conductor.view import DecodeBook, SendingBook, Worker
+from conductor.waiting import Line
 from core.messages import StartCommand
 from halfmoon.errors import InvalidRequest, Rejected, Unavailable
 from halfmoon.types import AttemptId, NodeId, Outcome
@@ -51,21 +52,29 @@ class Placer:
             self.place(request, now_s)
 
     def place_deferred(self, now_s: float) -> None:
-        """Judge those again who wait for room, in their order: until a few of them are refused, so it stays short."""
+        """Judge those again who wait for room, each in its turn: until a few of them are refused, so it stays short.
+
+        The first of a line that finds no room ends the turn of its whole line.
+        """
         desk, waiting = self._desk, self._desk.waiting
         waiting.freed, waiting.judged_s = False, now_s
-        refused = 0
-        for request_id in waiting.in_order():
-            request = desk.requests[request_id]
-            self.place(request, now_s)
-            refused += request_id in waiting
-            if refused > desk.admission.config.backfill:
+        waiting.unclaim()
+        passed: set[Line] = set()
+        while len(passed) <= desk.admission.config.backfill:
+            line = waiting.next_line(now_s, passed)
+            if line is None:
                 break
+            waiting.in_turn = waiting.first(line)
+            self.place(desk.requests[waiting.in_turn], now_s)
+            if waiting.in_turn in waiting:
+                passed |= waiting.passed_with(line)
+        waiting.in_turn = None
 
     def place(self, request: Request, now_s: float) -> None:
         """Begin the next attempt now, or hold the request until it can, or end it."""
         desk = self._desk
         assert request.attempt is None, "the last attempt is still open"
+        desk.waiting.unclaim(request.spec.request_id)
         why = desk.view.why_unavailable(now_s)
         if why:
             self._hold(request, why, now_s)
@@ -283,21 +292,22 @@ class Placer:
         if attempt.coupled:
             self._book_decode(attempt, query, worker)
         else:
-            self._arrange_decode(request, attempt, query, decode, now_s)
+            self._arrange_decode(request, attempt, query, placement, now_s)
             done_s = now_s + prefill.ttft_s
             times = done_s - prefill.prefill_s, done_s + placement.handover_s
             self._book_pull(attempt, query, decode, worker, *times)
         self._command_prefill(request, attempt, placement, worker, now_s)
 
     def _arrange_decode(
-        self, request: Request, attempt: Attempt, query: Query, decode: DecodeScore, now_s: float
+        self, request: Request, attempt: Attempt, query: Query, placement: Placement, now_s: float
     ) -> None:
         """Ask for decode room now, or leave it for later, as the policy commands.
 
         What is asked for during the prefill is booked from the beginning. A later attempt of an accepted request is
         not judged again, so its room is always asked for.
         """
-        desk, short = self._desk, decode.room_load > 1.0
+        desk, decode = self._desk, placement.option.decode
+        short = decode.room_load > 1.0
         when = Reserve.WITH if request.failures else desk.admission.reserve
         if when is Reserve.AFTER:
             attempt.judged_late = True
@@ -306,18 +316,19 @@ class Placer:
             attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
             attempt.unasked = True
             self._book_decode(attempt, query, worker)
-            request.wait(Timer.ASK, now_s + desk.admission.config.reserve_share * attempt.predicted_s)
+            ahead_s = desk.admission.config.pulls_ahead * placement.pull_s
+            request.wait(Timer.ASK, now_s + max(0.0, attempt.predicted_s - ahead_s))
         elif desk.seekers:
             desk.seekers[request.spec.request_id] = None  # behind those who wait already
         else:
             self._reserve(request, attempt, query, self._worker(decode.node_id), now_s)
 
     def _may_ask_later(self, request: Request, attempt: Attempt, query: Query) -> bool:
-        """Nobody stands in line for decode room; and prompts without it hold at most half of the worker's blocks.
+        """Prompts without decode room hold at most half of the prefill worker's blocks.
 
         They wait for decode room; those who have it may wait for blocks here: so some must be left (0012).
         """
-        if self._desk.seekers or request.crowded:
+        if request.crowded:
             return False
         worker = self._worker(attempt.prefill.node_id)
         mine = [r for r, a in self._desk.running(lambda r, a: a.prefill.node_id == worker.node_id and not a.reserved)]

@@ -254,7 +254,8 @@ class Pricing:
             tbt_s += stall_s
         limit_s = query.slo.tbt_s or self.config.slo.tbt_s
         tbt_load = tbt_s / limit_s if limit_s else 0.0  # without a limit room alone says who is less loaded
-        room_load = (worker.decode_blocks + query.blocks_expected) / worker.num_blocks
+        claimed = 0 if worker.claim is None else worker.claim.blocks
+        room_load = (worker.decode_blocks + claimed + query.blocks_expected) / worker.num_blocks
         if batch / worker.sequences_max > room_load:
             room_load = batch / worker.sequences_max
         load = max(room_load, tbt_load)

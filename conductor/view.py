@@ -17,7 +17,7 @@ from conductor.config import ConductorConfig, Fit
 from core.cost import CostPrior, WorkerCost
 from core.fit import Residual
 from core.messages import LoadReport, NodeInfo
-from halfmoon.types import AttemptId, Epoch, NodeId, Role
+from halfmoon.types import AttemptId, Epoch, NodeId, RequestId, Role
 
 YOUNG_DOUBLINGS = 5
 """While young, a worker's cap on assignments doubles this often, until it is lifted."""
@@ -42,6 +42,21 @@ class DecodeBook(NamedTuple):
 
     tokens: int
     blocks: int
+
+
+class Claim(NamedTuple):
+    """Room that is kept for one who waits for it (conductor.waiting). It is not booked: nothing was begun.
+
+    Args:
+        tokens: of KV when it joins the batch; `blocks` it may come to need, `output_max` tokens it asks for at most.
+        prefill_s: until it would join, if it were let in now.
+    """
+
+    request_id: RequestId
+    tokens: int
+    blocks: int
+    output_max: int
+    prefill_s: float
 
 
 class SendingBook(NamedTuple):
@@ -104,6 +119,7 @@ class Worker:
         self._sending: dict[tuple[AttemptId, str], SendingBook] = {}
         self._waiting_tokens = 0
         self._copied_blocks, self._copied_s = 0.0, now_s
+        self.claim: Claim | None = None
         self.decode_tokens = 0
         self.decode_blocks = 0
         self.batch = 0

@@ -1,63 +1,137 @@
-"""Pure: the requests that are put off until there is room for them, in one order that lets nobody starve.
+"""Pure: the requests that are put off until there is room for them, and whose turn it is.
 
-The order is fixed when a request comes: by arrival, less `priority_step_s` for each step of priority, less `size_bonus`
-seconds for each second of its own prefill. So whoever waits is overtaken by those only who arrive within a bounded
-time after it; and every wait ends, at the latest when its TTFT limit is out of reach.
+Those of one priority and one class of size (conductor.shares) stand in one line, by seniority: arrival, less
+`priority_step_s` for each step of priority. Whose line is next is said by priority, then by which size has fallen
+behind its share. Who has waited for `patience_s`, by its seniority, is *overdue* and goes before all who are not, the
+most senior first. So nobody starves: from then on it can be overtaken by those only who are more senior, which are a
+bounded set, for all who come later than `priority_step_s` for each step of priority between them are not.
+
+One whose turn it is and who finds no room lays a *claim* on the decode worker that it would have been placed on:
+others are let in there only if they fit beside it. Claims hold until the waiting are judged again, and are laid anew.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from typing import NamedTuple
 
 from conductor.admission_config import AdmissionConfig
+from conductor.shares import SizeShares
+from conductor.view import Claim, ClusterView, Worker
 from halfmoon.types import RequestId
 
-Key = tuple[float, int, RequestId]
-"""Rank, number of its coming, name."""
 
-SIZE_BONUS_S_MAX = 60.0
-"""Most that a long prompt may gain: the bound on being overtaken must not hang on what a prompt is believed to cost."""
+class Line(NamedTuple):
+    """Which line a request stands in."""
+
+    priority: int
+    size: int
 
 
-def rank(arrived_s: float, priority: int, prefill_s: float, config: AdmissionConfig) -> float:
-    """Who waits is judged in this order, lowest first."""
-    bonus_s = min(SIZE_BONUS_S_MAX, config.size_bonus * prefill_s)
-    return arrived_s - priority * config.priority_step_s - bonus_s
+Place = tuple[float, int, RequestId]
+"""Seniority, number of its coming, name."""
+
+
+def seniority(arrived_s: float, priority: int, config: AdmissionConfig) -> float:
+    """Of two requests the one with the lower number is the more senior; it never changes."""
+    return arrived_s - priority * config.priority_step_s
 
 
 class WaitingRoom:
-    """One owner: the desk. `freed`: room has been freed since the waiting were judged last."""
+    """One owner: the desk. `freed`: room has been freed since the waiting were judged last.
 
-    def __init__(self) -> None:
+    `in_turn`: whose turn it is just now, and who may lay a claim.
+    """
+
+    def __init__(self, view: ClusterView, config: AdmissionConfig) -> None:
+        self.shares = SizeShares(config.size_fairness)
         self.freed = False
         self.judged_s = float("-inf")
-        self._order: list[Key] = []
-        self._keys: dict[RequestId, Key] = {}
+        self.in_turn: RequestId | None = None
+        self._view = view
+        self._config = config
+        self._lines: dict[Line, list[Place]] = {}
+        self._places: dict[RequestId, tuple[Line, Place]] = {}
         self._count = 0
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._places)
 
     def __contains__(self, request_id: RequestId) -> bool:
-        return request_id in self._keys
+        return request_id in self._places
 
-    def add(self, request_id: RequestId, rank_s: float) -> None:
-        assert request_id not in self._keys, f"{request_id} waits already"
+    def add(self, request_id: RequestId, line: Line, arrived_s: float) -> None:
+        assert request_id not in self._places, f"{request_id} waits already"
         self._count += 1
-        key = self._keys[request_id] = (rank_s, self._count, request_id)
-        insort(self._order, key)
+        place = (seniority(arrived_s, line.priority, self._config), self._count, request_id)
+        self._places[request_id] = line, place
+        insort(self._lines.setdefault(line, []), place)
 
     def discard(self, request_id: RequestId) -> bool:
-        """True: it waited, and no longer does."""
-        key = self._keys.pop(request_id, None)
-        if key is None:
+        """True: it waited, and no longer does. Its claim falls."""
+        found = self._places.pop(request_id, None)
+        if found is None:
             return False
-        del self._order[bisect_left(self._order, key)]
+        line, place = found
+        places = self._lines[line]
+        del places[bisect_left(places, place)]
+        if not places:
+            del self._lines[line]
+        self.unclaim(request_id)
         return True
 
-    def ahead_of(self, rank_s: float) -> int:
-        """How many are judged before one of this rank that comes now."""
-        return bisect_left(self._order, (rank_s, self._count + 1, RequestId("")))
+    def line_of(self, request_id: RequestId) -> Line:
+        """Of one who waits."""
+        return self._places[request_id][0]
 
-    def in_order(self) -> list[RequestId]:
-        return [request_id for _, _, request_id in self._order]
+    def stands(self, line: Line) -> bool:
+        """Whether somebody stands in this line."""
+        return line in self._lines
+
+    # ---- turns ----
+
+    def next_line(self, now_s: float, passed: set[Line]) -> Line | None:
+        """The line whose first is next, of those not `passed`; None: there is none left."""
+        lines = [line for line in self._lines if line not in passed]
+        return min(lines, key=lambda line: self._turn(line, self._lines[line][0], now_s), default=None)
+
+    def passed_with(self, line: Line) -> set[Line]:
+        """The lines whose turn is over when the first of this one found no room: its own, and those of larger requests.
+
+        A larger one would find none either, but for room that is expected later, since its prefill takes longer: then
+        those with long prefills would book ahead of all others what is going to be freed.
+        """
+        return {other for other in self._lines if other.priority <= line.priority and other.size >= line.size}
+
+    def first(self, line: Line) -> RequestId:
+        return self._lines[line][0][2]
+
+    def in_order(self, now_s: float) -> list[RequestId]:
+        """All who wait, as if each in its turn came in and shares stayed as they are."""
+        return sorted(self._places, key=lambda name: self._turn(*self._places[name], now_s))
+
+    def _turn(self, line: Line, place: Place, now_s: float) -> tuple[bool, float, float, Place]:
+        if place[0] <= now_s - self._config.patience_s:
+            return (False, 0.0, 0.0, place)
+        return (True, -line.priority, -self.shares.lag(line.size), place)
+
+    # ---- claims ----
+
+    def claim(self, worker: Worker, claim: Claim) -> bool:
+        """Lay it, if this worker is free of claims and not too many are claimed."""
+        if worker.claim is not None or self._claims_left <= 0:
+            return False
+        worker.claim = claim
+        return True
+
+    @property
+    def _claims_left(self) -> int:
+        """Half of the decode workers stay free of claims, where there are two or more."""
+        claimed = sum(w.claim is not None for w in self._view)
+        return max(1, sum(w.decodes for w in self._view) // 2) - claimed
+
+    def unclaim(self, request_id: RequestId | None = None) -> None:
+        """Let go of this request's claim, or of all."""
+        for worker in self._view:
+            if worker.claim is not None and request_id in (None, worker.claim.request_id):
+                worker.claim = None

@@ -25,6 +25,7 @@ REQUESTS, SAMPLES, SUMMARY = "requests.parquet", "samples.parquet", "summary.jso
 
 ARROW_TYPES: dict[object, pa.DataType] = {
     str: pa.string(), int: pa.int64(), float: pa.float64(), float | None: pa.float64(), Outcome: pa.string(),
+    tuple[int, ...]: pa.list_(pa.int64()),
 }  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def load(directory: Path) -> Run:
     try:
         return Run(
             requests=tuple(RequestRow(**entry | {"outcome": Outcome(entry["outcome"])}) for entry in requests),
-            samples=tuple(LoadSample(**entry) for entry in samples),
+            samples=tuple(_sample(entry) for entry in samples),
             **_run_fields(said),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -93,6 +94,11 @@ def _table(rows: tuple[RequestRow, ...] | tuple[LoadSample, ...], kind: type) ->
     columns = [pa.array([_plain(getattr(row, f.name)) for row in rows], type=schema.field(f.name).type)
                for f in fields(kind)]  # fmt: skip
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _sample(entry: dict[str, Any]) -> LoadSample:
+    free = entry.get("decode_free_blocks") or ()  # files of before this was sampled have none
+    return LoadSample(**{**entry, "decode_free_blocks": tuple(free)})
 
 
 def _plain(value: object) -> object:

@@ -97,6 +97,7 @@ def _pools(figures: Statistics) -> Iterator[Line]:
     group, swing = "Pools", figures.oscillation
     yield Line(group, "decode KV, mean", "tokens", decimal(None if swing is None else swing.kv_tokens_mean, 0))
     yield Line(group, "oscillation (its std)", "tokens", decimal(None if swing is None else swing.kv_tokens_std, 0))
+    yield Line(group, "the same once it is filled", "tokens", decimal(None if swing is None else swing.filled_std, 0))
     yield Line(group, "correlation of loads", "", signed(None if swing is None else swing.correlation, 2))
     yield Line(group, "attempts", "", count(figures.attempts))
     yield Line(group, "preemptions", "", count(figures.preemptions))

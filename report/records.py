@@ -68,6 +68,7 @@ class LoadSample:
         prefill_queue_s: seconds of work that wait or run, mean over the prefill workers.
         prefill_load, decode_load: as the admission policies define load; 1 is the limit.
         decode_kv_tokens: tokens of KV of running sequences, over all decode workers.
+        decode_free_blocks: that each decode worker could still give away, always in the same order; empty: not told.
     """
 
     at_s: float
@@ -76,6 +77,7 @@ class LoadSample:
     decode_load: float
     decode_kv_tokens: int
     decode_sequences: int
+    decode_free_blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

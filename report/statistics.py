@@ -95,6 +95,9 @@ class Oscillation:
     Args:
         count: samples in that time.
         kv_tokens_mean, kv_tokens_std: of the decode pool's KV load; the standard deviation is the oscillation.
+        filled_s: from the first arrival until the load first was at that mean: the ramp from an empty pool.
+        filled_std: the standard deviation from then on. A ramp of r of T seconds alone makes one of about
+            mean * sqrt(r / 3T), whatever the policy does later.
         correlation: Pearson's, of the two pools' loads; towards -1: in anti-phase, as in the paper's Figure 9.
             None where one of them never changes.
     """
@@ -102,6 +105,8 @@ class Oscillation:
     count: int
     kv_tokens_mean: float
     kv_tokens_std: float
+    filled_s: float
+    filled_std: float
     correlation: float | None
 
 
@@ -267,10 +272,13 @@ def oscillation(rows: Sequence[RequestRow], samples: Sequence[LoadSample]) -> Os
     if not within:
         return None
     kv = np.array([sample.decode_kv_tokens for sample in within], dtype=float)
+    filled = int(np.argmax(kv >= kv.mean()))
     return Oscillation(
         count=len(within),
         kv_tokens_mean=float(kv.mean()),
         kv_tokens_std=float(kv.std()),
+        filled_s=within[filled].at_s - first,
+        filled_std=float(kv[filled:].std()),
         correlation=correlation([s.prefill_load for s in within], [s.decode_load for s in within]),
     )
 

@@ -129,7 +129,7 @@ def row_of(
         attempts=_attempts(choices),
         preemptions=_sum(stats, "preemptions"),
         prefill_node=giving.prefill_node if giving else "",
-        decode_node=giving.decode_node if giving else "",
+        decode_node=log.decode_stats[-1].node_id if log.decode_stats else giving.decode_node if giving else "",
     )
 
 

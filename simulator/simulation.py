@@ -16,7 +16,7 @@ from coupled_worker.machine import CoupledConfig, CoupledMachine
 from decode_worker.machine import DecodeConfig, DecodeMachine
 from halfmoon.blocks import Fingerprint, root_hash
 from halfmoon.errors import HalfmoonError
-from halfmoon.types import Epoch, NodeId, Outcome, Role, SamplingParams
+from halfmoon.types import Epoch, NodeId, Outcome, Role, SamplingParams, Tier
 from kv_store.tiers import KvCache
 from kv_store.transfer import TransferMachine
 from kv_store.transfer_values import TransferLimits
@@ -27,7 +27,7 @@ from simulator.clients import Client, row_of
 from simulator.cluster import Cluster
 from simulator.config import TERMS, SimConfig
 from simulator.faults import Fault, Sky, schedule
-from simulator.node import Machine, Parts
+from simulator.node import Machine, Node, Parts
 from simulator.prompts import STOP, Prompts
 from simulator.truth import Noise, TrueEngine, TruePhysics
 from simulator.world import World
@@ -369,7 +369,18 @@ def sample_of(cluster: Cluster, config: SimConfig, now_s: float, began_s: float)
         decode_load=_mean(loads),
         decode_kv_tokens=sum(tokens for _, tokens in decoding),
         decode_sequences=sum(count for count, _ in decoding),
+        decode_free_blocks=tuple(
+            _free_blocks(n) for n in cluster.peers.nodes.values() if n.info.role is not Role.PREFILL
+        ),
     )
+
+
+def _free_blocks(node: Node) -> int:
+    """What it could give to one more sequence, without those that it keeps for the sequences that it has."""
+    if not node.alive:
+        return 0
+    kept = node.machine.spare_slots() if isinstance(node.machine, DecodeMachine) else 0
+    return max(0, node.cache.available(Tier.DEVICE) - kept)
 
 
 def _mean(values: list[float]) -> float:

@@ -204,7 +204,7 @@ def early() -> str:
 
 def deferral() -> str:
     """Who finds no room waits, the higher class first, and no longer than its TTFT limit allows."""
-    tell = small("forecast", 4, backfill=0)
+    tell = small("forecast", 4)
     play = tell.play
     tell("request a, 40 tokens", play.request(spec("a")))
     tell("request b, priority -1", play.request(replace(spec("b"), priority=-1)))
@@ -240,7 +240,7 @@ def forecast() -> str:
     tell("request b, 100 tokens", play.request(spec("b", tokens=prompt(100, seed=1), max_tokens=20)))
     tell("some steps later", play.wait(0.12))
     tell("  b's verdicts", verdicts(play, "b"))
-    tell("half of its prefill later", play.wait(0.06))
+    tell("its prefill will have ended when its KV can be there", play.wait(0.11))
     tell("d0 finished a#1", play.ended("d0", "a#1"))
     tell("d0 reserved b#1", play.reserved("d0", "b#1"))
     tell("p0 prefilled b#1", play.prefilled("p0", "b#1"))

@@ -70,7 +70,9 @@ ANY_ADMISSION = st.builds(
     defer_s_max=st.sampled_from([0.2, 20.0]),
     deferred_max=st.integers(0, 2),
     backfill=st.integers(0, 2),
-    reserve_share=st.sampled_from([0.0, 0.5, 1.0]),
+    size_fairness=st.sampled_from([0.0, 0.5, 1.0]),
+    patience_s=st.sampled_from([0.2, 30.0]),
+    pulls_ahead=st.sampled_from([0.0, 1.0]),
 )
 NAMED = ("forecast", "early+defer", "baseline", "predictive", "forecast")
 ADMISSIONS = st.sampled_from(NAMED).map(lambda n: admission_named(n, AdmissionConfig(deferred_max=2))) | ANY_ADMISSION
@@ -335,10 +337,11 @@ class Conductor(RuleBasedStateMachine):
     def who_waits_for_room_has_a_time_at_which_it_ends(self) -> None:
         desk = self.machine._desk
         deferred = {r for r, request in desk.requests.items() if request.phase is Phase.DEFERRED}
-        assert deferred == set(desk.waiting.in_order())
+        assert deferred == set(desk.waiting.in_order(self.now_s))
         assert len(deferred) <= desk.admission.config.deferred_max
         assert all(Timer.DEFER in desk.requests[r].timers for r in deferred)
         assert all(desk.requests[r].attempt is None for r in deferred)
+        assert all(w.claim is None or w.claim.request_id in deferred for w in desk.view)
 
     @invariant()
     def every_open_request_has_its_alarm(self) -> None:

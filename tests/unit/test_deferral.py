@@ -14,7 +14,6 @@ from conductor.attempts import Phase
 from conductor.effects import Slo
 from conductor.oscillation import Oscillation, PoolLoads, Swing, pool_loads
 from conductor.survival import EDGES, OutputLengths
-from conductor.waiting import SIZE_BONUS_S_MAX, WaitingRoom, rank
 from core.messages import LoadReport
 from halfmoon.types import RequestId
 from tests.conductor_kit import Play, attempt_of, prompt, spec
@@ -32,7 +31,7 @@ def full(policy: str = "forecast", blocks: int = 4, prefill_blocks: int = 1000, 
 
 
 def waiting(play: Play) -> list[str]:
-    return [str(name) for name in play.machine._desk.waiting.in_order()]
+    return [str(name) for name in play.machine._desk.waiting.in_order(play.now_s)]
 
 
 # ---- waiting ----
@@ -60,10 +59,10 @@ def test_who_waits_is_judged_again_with_the_ticks_but_not_by_every_event() -> No
     assert play.wait(0.05) == ["begin c#1", "d0 <- reserve c#1 40(40) from p0@e1", "p0 <- prefill c#1 40(40)"]
 
 
-def test_a_newcomer_waits_behind_those_who_wait_already_even_if_it_would_fit() -> None:
-    play = full(blocks=6, backfill=0)
-    play.request(spec("b", tokens=prompt(60)))
-    assert play.request(spec("c", tokens=prompt(10))) == []
+def test_a_newcomer_stands_in_line_behind_others_of_its_size_even_if_it_would_fit() -> None:
+    play = full(blocks=7)
+    play.request(spec("b", tokens=prompt(70)))  # 5 blocks of 16 tokens
+    assert play.request(spec("c", tokens=prompt(50))) == []  # 4
     record = play.machine.explain(RequestId("c"))
     assert record is not None
     assert [v.accept for v in record.verdicts if v.policy == "forecast"] == [True]
@@ -71,9 +70,38 @@ def test_a_newcomer_waits_behind_those_who_wait_already_even_if_it_would_fit() -
     assert waiting(play) == ["b", "c"]
 
 
-def test_a_few_behind_one_that_does_not_fit_are_tried() -> None:
-    play = full(blocks=6, backfill=1)
+def test_a_smaller_one_goes_where_there_is_no_claim() -> None:
+    """`a` and `x` have 3 of 6 blocks each; `b` needs 5 and lays a claim on one worker, `c` needs 2."""
+    play = full(blocks=6)
+    play.join("d1", num_device_blocks=6)
+    play.wait(60.0)
+    play.request(spec("x"))
+    play.request(spec("b", tokens=prompt(70)))
+    assert play.request(spec("c", tokens=prompt(10))) == []
+    assert play.wait(0.1)[0] == "begin c#1"
+    assert waiting(play) == ["b"]
+
+
+def test_room_is_kept_for_who_is_next_and_does_not_fit() -> None:
+    """`b` is the first whose turn comes, and lays a claim: `c` would fit, but not beside it."""
+    play = full(blocks=6)
     play.request(spec("b", tokens=prompt(60)))
+    assert play.wait(0.5) == []
+    assert play.request(spec("c", tokens=prompt(10))) == []
+    (worker,) = [w for w in play.machine.workers() if w.decodes]
+    assert worker.claim is not None
+    assert worker.claim.request_id == "b"
+    play.cancel("a")
+    assert "begin b#1" in play.wait(0.05)
+    assert worker.claim is not None
+    assert worker.claim.request_id == "c"  # of the two blocks that it needs one is left
+
+
+def test_the_claim_of_one_that_leaves_falls() -> None:
+    play = full(blocks=6)
+    play.request(spec("b", tokens=prompt(60)))
+    play.wait(0.5)
+    play.cancel("b")
     assert play.request(spec("c", tokens=prompt(10)))[0] == "begin c#1"
 
 
@@ -136,41 +164,6 @@ def test_early_may_defer_too() -> None:
     assert play.wait(0.11) == ["begin b#1", "p0 <- prefill b#1 60(60)"]
 
 
-# ---- the order ----
-
-
-CONFIG = AdmissionConfig(priority_step_s=10.0, size_bonus=0.5)
-
-
-def test_a_class_goes_first_by_its_steps_and_no_further() -> None:
-    """A request of priority -1 that came at 0 s is overtaken by all of priority 0 that come until 10 s, by no other."""
-    low = rank(0.0, -1, 0.0, CONFIG)
-    overtaken_by = [at_s for at_s in (0.1, 5.0, 9.9, 10.1, 100.0) if rank(at_s, 0, 0.0, CONFIG) < low]
-    assert overtaken_by == [0.1, 5.0, 9.9]
-
-
-def test_a_long_prompt_goes_before_a_short_one_that_came_a_little_earlier_and_the_bonus_is_bounded() -> None:
-    assert rank(1.0, 0, 4.0, CONFIG) < rank(0.0, 0, 0.1, CONFIG) < rank(3.0, 0, 4.0, CONFIG)
-    assert rank(0.0, 0, 1e9, CONFIG) == -SIZE_BONUS_S_MAX
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_waiting_room_is_a_sorted_list(seed: int) -> None:
-    random, room, twin = Random(seed), WaitingRoom(), dict[RequestId, float]()
-    for _ in range(300):
-        name = RequestId(f"r{random.randrange(20)}")
-        if name in twin:
-            assert room.discard(name)
-            del twin[name]
-        else:
-            value = float(random.randrange(8))
-            assert room.ahead_of(value) == sum(v <= value for v in twin.values())
-            room.add(name, value)
-            twin[name] = value
-        assert room.in_order() == sorted(twin, key=twin.__getitem__)  # both stable: by coming
-        assert not room.discard(RequestId("nobody"))
-
-
 # ---- decode room that is asked for later ----
 
 
@@ -201,12 +194,12 @@ def grown_old(**config: object) -> Play:
 def test_room_that_is_counted_on_is_booked_at_once_and_asked_for_later() -> None:
     play = grown_old()
     assert {n.info.node_id: n.books.decode_tokens for n in play.machine.status().nodes}["d0"] == 200
-    assert play.wait(0.05) == []
-    assert play.wait(0.01) == ["d0 <- reserve b#1 100(100) from p0@e1"]  # half of 110 ms have gone
+    assert play.wait(0.10) == []
+    assert play.wait(0.01) == ["d0 <- reserve b#1 100(100) from p0@e1"]  # of 110 ms, less those of the pull
 
 
 def test_a_prefill_that_ends_early_asks_at_once() -> None:
-    play = grown_old(reserve_share=1.0)
+    play = grown_old(pulls_ahead=0.0)
     assert play.prefilled("p0", "b#1") == ["d0 <- reserve b#1 100(100) from p0@e1"]
     assert play.refused("d0", "b#1") == []  # then it stands in line
     assert play.ended("d0", "c#1") == ["d0 <- reserve b#1 100(100) from p0@e1"]
@@ -219,7 +212,7 @@ def test_a_decode_worker_that_was_not_asked_is_not_told_to_cancel() -> None:
 
 
 def test_a_decode_worker_that_was_not_asked_need_not_know_the_attempt_and_may_not_speak_of_it() -> None:
-    play = grown_old(reserve_share=1.0)
+    play = grown_old(pulls_ahead=0.0)
     play.wait(0.05)
     assert play.say("d0", play.snapshot("d0", attempts=[attempt_of("c#1")])) == []
     before = play.counter("stale_attempts")

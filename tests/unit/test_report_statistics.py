@@ -122,8 +122,18 @@ def test_oscillation_is_measured_between_first_and_last_arrival() -> None:
     assert found is not None
     assert (found.count, found.kv_tokens_mean, found.kv_tokens_std) == (4, 150.0, 50.0)
     assert found.correlation == pytest.approx(-1.0)
+    assert (found.filled_s, found.filled_std) == (0.0, 50.0)
     assert oscillation(rows, samples[:1]) is None
     assert oscillation([], samples) is None
+
+
+def test_the_ramp_from_an_empty_pool_is_told_apart() -> None:
+    rows = [row("a", arrived_s=1.0), row("b", arrived_s=9.0)]
+    found = oscillation(rows, [sample(t, 1, 1, kv) for t, kv in enumerate((0, 0, 30, 60, 100, 110, 90, 100, 110, 90))])
+    assert found is not None
+    assert found.kv_tokens_mean == pytest.approx(690 / 9)
+    assert found.filled_s == 3.0
+    assert found.filled_std == pytest.approx((400 / 6) ** 0.5)
 
 
 def test_a_load_that_never_changes_correlates_with_nothing() -> None:

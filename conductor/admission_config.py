@@ -48,8 +48,6 @@ class AdmissionConfig:
         sigmas: `forecast` keeps so many standard deviations of the KV it expects free.
         horizon_s: `forecast` counts on no more of the room that running requests will leave than what they leave in
             this time.
-        pulls_ahead: a request that was let in on a forecast asks for its room so many times its predicted pull before
-            the predicted end of its prefill.
 
     Raises:
         ConfigError: naming the key, the value and what was expected.
@@ -69,9 +67,8 @@ class AdmissionConfig:
     patience_s: float = 30.0
     priority_step_s: float = 10.0
     class_headroom: float = 0.05
-    sigmas: float = 2.0
+    sigmas: float = 0.5
     horizon_s: float = 4.0
-    pulls_ahead: float = 1.0
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -60,6 +60,7 @@ class Attempt:
 
     withheld: the prefill worker's command, not sent before decode room is reserved (see Placer); None: it was sent.
     unasked: the decode worker is booked, but was not asked for room yet.
+    asked_s: when decode room was asked for first, or the attempt stood in line for it.
     judged_late: no decode worker before the prefill has ended: the decode side is judged then.
     """
 
@@ -77,6 +78,7 @@ class Attempt:
     fetch_source: NodeId | None = None
     withheld: PrefillCommand | None = None
     unasked: bool = False
+    asked_s: float | None = None
     judged_late: bool = False
 
     @property

@@ -79,6 +79,7 @@ class Desk:
         self.lengths = OutputLengths()
         self.output_tokens = RunningMean()
         self.decode_s = RunningMean()
+        self.room_wait_s = RunningMean()  # of those whose prefill had begun: from asking for decode room to having it
         self.out: list[Effect] = []
 
     # ---- telling ----

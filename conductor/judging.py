@@ -37,8 +37,10 @@ class Judge:
         why = refused.reason if refused is not None else self._must_wait(request)
         ends_s = self._slack_ends_s(request, prefill)
         newcomer = request.spec.request_id not in desk.waiting
+        if newcomer:
+            desk.waiting.shares.come(line.size)
         if not why or (refused is None and newcomer and now_s >= ends_s):  # it cannot let others go first
-            desk.waiting.shares.see(line.size, let_in=True)
+            desk.waiting.shares.let_in(line.size)
             return True
         waits = desk.admission.config.defer and (refused is None or refused.waits)
         if waits and now_s < ends_s and self._defer(request, line, why, now_s):
@@ -46,7 +48,6 @@ class Judge:
             if request.spec.request_id == desk.waiting.in_turn:
                 self._claim(request, query, placement)
             return False
-        desk.waiting.shares.see(line.size, let_in=False)
         at_s = now_s - request.arrived_s
         request.record.choices.append(desk.decisions.choice(placement, request.number, "rejected", at_s))
         error = refused.error() if refused is not None else self._passed_over(request, now_s, ends_s)

@@ -168,6 +168,7 @@ class Placer:
     def _wait_in_line(self, request: Request, attempt: Attempt, now_s: float) -> None:
         """Until `offer`. While the prefill is withheld nothing is held, and the phase's time bounds the wait."""
         request.crowded = True
+        attempt.asked_s = now_s if attempt.asked_s is None else attempt.asked_s
         self._desk.seekers.setdefault(request.spec.request_id)
         if attempt.withheld is None and Timer.SEEK not in request.timers:
             request.wait(Timer.SEEK, now_s + self._desk.config.seek_wait_s)
@@ -308,27 +309,30 @@ class Placer:
         """
         desk, decode = self._desk, placement.option.decode
         short = decode.room_load > 1.0
+        lead_s = placement.pull_s + (desk.room_wait_s.value or 0.0)
         when = Reserve.WITH if request.failures else desk.admission.reserve
         if when is Reserve.AFTER:
             attempt.judged_late = True
-        elif when is Reserve.DURING and short and self._may_ask_later(request, attempt, query):
+        elif when is Reserve.DURING and short and self._may_ask_later(request, attempt, query, lead_s):
             worker = self._worker(decode.node_id)
             attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
             attempt.unasked = True
             self._book_decode(attempt, query, worker)
-            ahead_s = desk.admission.config.pulls_ahead * placement.pull_s
-            request.wait(Timer.ASK, now_s + max(0.0, attempt.predicted_s - ahead_s))
+            request.wait(Timer.ASK, now_s + max(0.0, attempt.predicted_s - lead_s))
         elif desk.seekers:
             desk.seekers[request.spec.request_id] = None  # behind those who wait already
+            attempt.asked_s = now_s
         else:
             self._reserve(request, attempt, query, self._worker(decode.node_id), now_s)
 
-    def _may_ask_later(self, request: Request, attempt: Attempt, query: Query) -> bool:
+    def _may_ask_later(self, request: Request, attempt: Attempt, query: Query, lead_s: float) -> bool:
         """Prompts without decode room hold at most half of the prefill worker's blocks.
 
-        They wait for decode room; those who have it may wait for blocks here: so some must be left (0012).
+        They wait for decode room; those who have it may wait for blocks here: so some must be left (0012). And while
+        others stand in line, a prefill that takes less than the room is late by waits for the room: it would end first,
+        and the client would wait with the first token in hand.
         """
-        if request.crowded:
+        if request.crowded or (self._desk.seekers and attempt.predicted_s < lead_s):
             return False
         worker = self._worker(attempt.prefill.node_id)
         mine = [r for r, a in self._desk.running(lambda r, a: a.prefill.node_id == worker.node_id and not a.reserved)]
@@ -363,6 +367,7 @@ class Placer:
         desk = self._desk
         attempt.decode = Leg(node_id=worker.node_id, epoch=worker.info.epoch, since_s=now_s)
         attempt.reserved = False
+        attempt.asked_s = now_s if attempt.asked_s is None else attempt.asked_s
         request.wait(Timer.RESERVE, now_s + desk.config.reserve_wait_s)
         self._book_decode(attempt, query, worker)
         desk.note(request, now_s, "reserve", worker.node_id)

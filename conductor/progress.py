@@ -67,6 +67,8 @@ class Progress:
             self._desk.forget(request, Outcome.FINISHED, "", now_s)
         elif leg is attempt.decode and not attempt.coupled:
             attempt.reserved = True
+            if attempt.withheld is None and attempt.asked_s is not None:
+                self._desk.room_wait_s.see(now_s - attempt.asked_s)
             request.timers.pop(Timer.RESERVE, None)
             self._placer.prefill(request, attempt, now_s)
             self._placer.start(request, attempt)

@@ -8,7 +8,8 @@ decodes for its whole true output, at the run's median gap between tokens, if on
 throughout, once a second, as it comes to need.
 
 What a cache would have spared it, and what it would have shared with running sequences, is left out, so that too few
-are found rather than too many. `Found.right` says how sure it is: the same is reckoned of each request that was
+are found rather than too many; after the last sample, which is the last arrival's, all room is taken for free, which
+finds too many among the last. `Found.right` says how sure it is: the same is reckoned of each request that was
 accepted, with the blocks that it held given back, and compared with what it got.
 """
 

@@ -72,7 +72,6 @@ ANY_ADMISSION = st.builds(
     backfill=st.integers(0, 2),
     size_fairness=st.sampled_from([0.0, 0.5, 1.0]),
     patience_s=st.sampled_from([0.2, 30.0]),
-    pulls_ahead=st.sampled_from([0.0, 1.0]),
 )
 NAMED = ("forecast", "early+defer", "baseline", "predictive", "forecast")
 ADMISSIONS = st.sampled_from(NAMED).map(lambda n: admission_named(n, AdmissionConfig(deferred_max=2))) | ANY_ADMISSION

@@ -84,7 +84,7 @@ def test_a_smaller_one_goes_where_there_is_no_claim() -> None:
 
 def test_room_is_kept_for_who_is_next_and_does_not_fit() -> None:
     """`b` is the first whose turn comes, and lays a claim: `c` would fit, but not beside it."""
-    play = full(blocks=6)
+    play = full(blocks=6, size_fairness=1.0)
     play.request(spec("b", tokens=prompt(60)))
     assert play.wait(0.5) == []
     assert play.request(spec("c", tokens=prompt(10))) == []
@@ -199,7 +199,7 @@ def test_room_that_is_counted_on_is_booked_at_once_and_asked_for_later() -> None
 
 
 def test_a_prefill_that_ends_early_asks_at_once() -> None:
-    play = grown_old(pulls_ahead=0.0)
+    play = grown_old()
     assert play.prefilled("p0", "b#1") == ["d0 <- reserve b#1 100(100) from p0@e1"]
     assert play.refused("d0", "b#1") == []  # then it stands in line
     assert play.ended("d0", "c#1") == ["d0 <- reserve b#1 100(100) from p0@e1"]
@@ -212,7 +212,7 @@ def test_a_decode_worker_that_was_not_asked_is_not_told_to_cancel() -> None:
 
 
 def test_a_decode_worker_that_was_not_asked_need_not_know_the_attempt_and_may_not_speak_of_it() -> None:
-    play = grown_old(pulls_ahead=0.0)
+    play = grown_old()
     play.wait(0.05)
     assert play.say("d0", play.snapshot("d0", attempts=[attempt_of("c#1")])) == []
     before = play.counter("stale_attempts")

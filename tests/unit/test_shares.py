@@ -41,6 +41,7 @@ def dealt(size_fairness: float, sizes: dict[int, int], share_taken: float, seed:
     for size in stream:
         room += size * share_taken
         waiting.append(size)
+        shares.come(size_class(size))
         if len(waiting) < 40:
             continue
         first = max(waiting, key=lambda s: shares.lag(size_class(s)))
@@ -48,10 +49,10 @@ def dealt(size_fairness: float, sizes: dict[int, int], share_taken: float, seed:
             room -= first
             waiting.remove(first)
             taken[first] += 1
-            shares.see(size_class(first), let_in=True)
+            shares.let_in(size_class(first))
             first = max(waiting, key=lambda s: shares.lag(size_class(s)), default=0)
         if len(waiting) >= 40:
-            shares.see(size_class(waiting.pop(0)), let_in=False)
+            waiting.pop(0)
     return {size: taken[size] / count for size, count in sizes.items()}
 
 
@@ -79,11 +80,12 @@ def test_what_is_not_known_lags_behind_nobody_and_what_was_long_ago_fades() -> N
     shares = SizeShares(0.0)
     assert (shares.share(10), shares.lag(10)) == (1.0, 0.0)
     for _ in range(1000):
-        shares.see(10, let_in=False)
+        shares.come(10)
     assert shares.share(10) < 0.01
     for _ in range(8000):
-        shares.see(10, let_in=True)
-    assert shares.share(10) > 0.9
+        shares.come(10)
+        shares.let_in(10)
+    assert 0.9 < shares.share(10) <= 1.0
 
 
 # ---- whose turn it is ----
@@ -91,7 +93,7 @@ def test_what_is_not_known_lags_behind_nobody_and_what_was_long_ago_fades() -> N
 
 def test_the_higher_class_goes_first_and_then_the_size_that_lags() -> None:
     room = empty_room()
-    room.shares.see(12, let_in=False)
+    room.shares.come(12)
     for name, line in (("a", Line(0, 10)), ("b", Line(0, 12)), ("c", Line(1, 10)), ("d", Line(-1, 12))):
         room.add(RequestId(name), line, 0.0)
     assert room.in_order(1.0) == ["c", "b", "a", "d"]
@@ -101,7 +103,7 @@ def test_the_higher_class_goes_first_and_then_the_size_that_lags() -> None:
 
 def test_who_is_overdue_goes_before_all_who_are_not() -> None:
     room = empty_room()
-    room.shares.see(12, let_in=False)
+    room.shares.come(12)
     room.add(RequestId("low"), Line(-1, 10), 0.0)
     room.add(RequestId("new"), Line(1, 12), 39.0)
     assert room.in_order(39.9) == ["new", "low"]
@@ -113,7 +115,10 @@ def test_the_overdue_are_overtaken_by_their_seniors_only(data: st.DataObject) ->
     """Whatever the shares are: so a bounded set goes before it, since who comes later is the junior in the end."""
     room = empty_room()
     for _ in range(data.draw(st.integers(0, 30))):
-        room.shares.see(data.draw(st.integers(8, 12)), let_in=data.draw(st.booleans()))
+        size = data.draw(st.integers(8, 12))
+        room.shares.come(size)
+        if data.draw(st.booleans()):
+            room.shares.let_in(size)
     known: dict[RequestId, float] = {}
     for i in range(data.draw(st.integers(1, 20))):
         line = Line(data.draw(st.integers(-2, 2)), data.draw(st.integers(8, 12)))

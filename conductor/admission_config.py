@@ -59,11 +59,11 @@ class AdmissionConfig:
     forecast: Mode = Mode.ENFORCE
     reserve: Reserve = Reserve.POLICY
     defer: bool = True
-    slack_share: float = 0.85
+    slack_share: float = 0.8
     defer_s_max: float = 600.0
     deferred_max: int = 1024
     backfill: int = 8
-    size_fairness: float = 0.4
+    size_fairness: float = 0.42
     patience_s: float = 30.0
     priority_step_s: float = 10.0
     class_headroom: float = 0.05

@@ -182,7 +182,8 @@ class Forecast:
             return [*ttft(case), *tbt(case, case.decode.tbt_s, case.decode.in_range), booked]
         at_s, flights = case.prefill.ttft_s, case.flights(worker.node_id)
         later = sorted({f.prefill_left_s for f in flights if f.prefill_left_s > at_s})[-CHECKPOINTS_MAX:]
-        expected = max(self._expected(case, worker, flights, at_s, t) for t in (at_s, *later))
+        alone = 1.0 - shared(worker, flights, case.block_size)
+        expected = max(self._expected(case, worker, flights, alone, at_s, t) for t in (at_s, *later))
         tokens, batch = expected
         step = worker.cost.decode_step_s(max(1, round(batch)), round(tokens))
         return [
@@ -193,13 +194,15 @@ class Forecast:
         ]
 
     def _expected(
-        self, case: Case, worker: Worker, flights: Sequence[Flight], joins_s: float, at_s: float
+        self, case: Case, worker: Worker, flights: Sequence[Flight], alone: float, joins_s: float, at_s: float
     ) -> tuple[float, float]:
-        """KV tokens, with the margin, and sequences at `at_s`, this request having joined at `joins_s`."""
+        """KV tokens, with the margin, and sequences at `at_s`, this request having joined at `joins_s`.
+
+        alone: of the tokens of those that are there, the share that takes room of its own.
+        """
         outlives, horizon_s = case.lengths.outlives, case.config.horizon_s
         steps = 1.0 / max(1e-6, worker.cost.decode_seconds(max(1, worker.batch), worker.kv_tokens))
         overhead = SEQUENCE_BLOCKS * case.block_size
-        alone = 1.0 - shared(worker, flights, case.block_size)
         tokens = variance = batch = 0.0
         for f in flights:
             if f.prefill_left_s > at_s:

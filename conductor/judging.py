@@ -37,17 +37,16 @@ class Judge:
         why = refused.reason if refused is not None else self._must_wait(request)
         ends_s = self._slack_ends_s(request, prefill)
         newcomer = request.spec.request_id not in desk.waiting
-        if newcomer:
-            desk.waiting.shares.come(line.size)
         if not why or (refused is None and newcomer and now_s >= ends_s):  # it cannot let others go first
-            desk.waiting.shares.let_in(line.size)
+            desk.waiting.shares.see(line.size, let_in=True)
             return True
         waits = desk.admission.config.defer and (refused is None or refused.waits)
-        if waits and now_s < ends_s and self._defer(request, line, why, now_s):
+        if waits and now_s < ends_s and self._defer(request, line, why, now_s, ends_s):
             request.set_phase(Phase.DEFERRED, defer=ends_s)
             if request.spec.request_id == desk.waiting.in_turn:
                 self._claim(request, query, placement)
             return False
+        desk.waiting.shares.see(line.size, let_in=False)
         at_s = now_s - request.arrived_s
         request.record.choices.append(desk.decisions.choice(placement, request.number, "rejected", at_s))
         error = refused.error() if refused is not None else self._passed_over(request, now_s, ends_s)
@@ -111,14 +110,14 @@ class Judge:
             return no_turn(now_s - request.arrived_s, ends_s - request.arrived_s, retry_s)
         return queue_full(len(desk.waiting), desk.admission.config.deferred_max, retry_s)
 
-    def _defer(self, request: Request, line: Line, why: str, now_s: float) -> bool:
+    def _defer(self, request: Request, line: Line, why: str, now_s: float, ends_s: float) -> bool:
         """Let it wait for room, if there is room for one more that waits."""
         desk, request_id = self._desk, request.spec.request_id
         if request_id in desk.waiting:
             return True
         if len(desk.waiting) >= desk.admission.config.deferred_max:
             return False
-        desk.waiting.add(request_id, line, request.arrived_s)
+        desk.waiting.add(request_id, line, request.arrived_s, ends_s)
         desk.counters["deferred"] += 1
         desk.note(request, now_s, f"deferred: {why}")
         return True

@@ -176,7 +176,7 @@ class Placer:
     def offer(self, worker: Worker, now_s: float, *, reported: bool = False) -> None:
         """This decode worker may have room again: the first in line that it could ever hold asks, and no other.
 
-        Those come first whose prefill has begun: others wait for the prefill room that they hold.
+        Those come first whose prefill has ended: their clients wait, and others for the prefill room that they hold.
 
         Args:
             reported: judge by its last report, which is news; else something was let go of since.
@@ -184,7 +184,7 @@ class Placer:
         desk = self._desk
         if not desk.seekers or worker.coupled or not worker.decodes or worker not in desk.view.ready(now_s):
             return
-        for request in sorted(map(desk.requests.__getitem__, desk.seekers), key=_holds_nothing):
+        for request in sorted(map(desk.requests.__getitem__, desk.seekers), key=_not_prefilled):
             attempt, query = request.attempt, self._query(request)
             assert attempt is not None, "a request without an attempt stands in line"
             if attempt.decode is not None or not fits_decode(query, worker):
@@ -383,8 +383,8 @@ class Placer:
         return worker
 
 
-def _holds_nothing(request: Request) -> bool:
-    return request.attempt is not None and request.attempt.withheld is not None
+def _not_prefilled(request: Request) -> bool:
+    return request.attempt is None or request.attempt.first_token_id is None
 
 
 def _too_long(request: Request, tokens_max: int) -> InvalidRequest:

@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 
 MEMORY = 2000.0
-"""When so many requests have come, all counts are halved: what was true a while ago fades."""
+"""When so many requests have been decided on, all counts are halved: what was true a while ago fades."""
 
 
 def size_class(tokens: int) -> int:
@@ -22,33 +22,34 @@ def size_class(tokens: int) -> int:
 
 
 class SizeShares:
-    """Counts of requests, by class of size: that came, and that were let in. Who waits has come, and is not in yet: so
-    a line that grows is behind at once, and not only when its first ones are rejected."""
+    """Counts of requests, by class of size: decided on, and let in."""
 
     def __init__(self, size_fairness: float) -> None:
         self._power = 2.0 - 2.0 * size_fairness
-        self._came: defaultdict[int, float] = defaultdict(float)
+        self._decided: defaultdict[int, float] = defaultdict(float)
         self._let_in: defaultdict[int, float] = defaultdict(float)
         self._total = 0.0
 
-    def come(self, size: int) -> None:
-        self._came[size] += 1.0
+    def see(self, size: int, *, let_in: bool) -> None:
+        """A request of this class was let in, or finally rejected."""
+        self._decided[size] += 1.0
+        self._let_in[size] += let_in
         self._total += 1.0
         if self._total >= MEMORY:
             self._total /= 2.0
-            for counts in (self._came, self._let_in):
+            for counts in (self._decided, self._let_in):
                 for known in counts:
                     counts[known] /= 2.0
 
-    def let_in(self, size: int) -> None:
-        """One that has come."""
-        self._let_in[size] += 1.0
+    def share(self, size: int, losing: float = 0.0) -> float:
+        """Of the requests of this class, the share let in, in (0, 1]; as if one more had been: of a class of which
+        none was decided on nothing is known, and no lag is infinite.
 
-    def share(self, size: int) -> float:
-        """Of the requests of this class that came, the share let in, in (0, 1]; as if one more had come and been let
-        in: of a class that nobody came of nothing is known, and no lag is infinite."""
-        return min(1.0, (self._let_in.get(size, 0.0) + 1.0) / (self._came.get(size, 0.0) + 1.0))
+        losing: how many of those who wait are as good as rejected (`WaitingRoom.losing`): a line that grows old is
+            behind at once, and not only when its first ones are rejected.
+        """
+        return (self._let_in.get(size, 0.0) + 1.0) / (self._decided.get(size, 0.0) + losing + 1.0)
 
-    def lag(self, size: int) -> float:
+    def lag(self, size: int, losing: float = 0.0) -> float:
         """Which class comes next: the one with the largest. 0: all of it were let in. Only its order means anything."""
-        return -math.log(self.share(size)) / math.pow(2.0, size * self._power)
+        return -math.log(self.share(size, losing)) / math.pow(2.0, size * self._power)

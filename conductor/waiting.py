@@ -32,6 +32,32 @@ Place = tuple[float, int, RequestId]
 """Seniority, number of its coming, name."""
 
 
+TERM_S_MIN = 0.1
+"""No wait is taken for shorter."""
+
+
+class Ageing:
+    """The sum over some requests of (now - since) / term, kept so that it is read at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._per_s = 0.0
+        self._offset = 0.0
+
+    def add(self, since_s: float, term_s: float) -> None:
+        self.count += 1
+        self._per_s += 1.0 / term_s
+        self._offset += since_s / term_s
+
+    def remove(self, since_s: float, term_s: float) -> None:
+        self.count -= 1
+        self._per_s -= 1.0 / term_s
+        self._offset -= since_s / term_s
+
+    def at(self, now_s: float) -> float:
+        return max(0.0, now_s * self._per_s - self._offset)
+
+
 def seniority(arrived_s: float, priority: int, config: AdmissionConfig) -> float:
     """Of two requests the one with the lower number is the more senior; it never changes."""
     return arrived_s - priority * config.priority_step_s
@@ -52,6 +78,8 @@ class WaitingRoom:
         self._config = config
         self._lines: dict[Line, list[Place]] = {}
         self._places: dict[RequestId, tuple[Line, Place]] = {}
+        self._terms: dict[RequestId, tuple[float, float]] = {}  # since when, and for how long at most
+        self._ageing: dict[int, Ageing] = {}  # by class of size
         self._count = 0
 
     def __len__(self) -> int:
@@ -60,11 +88,14 @@ class WaitingRoom:
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._places
 
-    def add(self, request_id: RequestId, line: Line, arrived_s: float) -> None:
+    def add(self, request_id: RequestId, line: Line, arrived_s: float, ends_s: float) -> None:
+        """It waits from its arrival until `ends_s` at most."""
         assert request_id not in self._places, f"{request_id} waits already"
         self._count += 1
         place = (seniority(arrived_s, line.priority, self._config), self._count, request_id)
         self._places[request_id] = line, place
+        self._terms[request_id] = arrived_s, max(TERM_S_MIN, ends_s - arrived_s)
+        self._ageing.setdefault(line.size, Ageing()).add(*self._terms[request_id])
         insort(self._lines.setdefault(line, []), place)
 
     def discard(self, request_id: RequestId) -> bool:
@@ -77,6 +108,9 @@ class WaitingRoom:
         del places[bisect_left(places, place)]
         if not places:
             del self._lines[line]
+        self._ageing[line.size].remove(*self._terms.pop(request_id))
+        if not self._ageing[line.size].count:
+            del self._ageing[line.size]  # and with it what rounding has left
         self.unclaim(request_id)
         return True
 
@@ -87,6 +121,11 @@ class WaitingRoom:
     def stands(self, line: Line) -> bool:
         """Whether somebody stands in this line."""
         return line in self._lines
+
+    def losing(self, size: int, now_s: float) -> float:
+        """How many who wait, of this class, are as good as rejected: each by the share of its wait that is over."""
+        ageing = self._ageing.get(size)
+        return 0.0 if ageing is None else ageing.at(now_s)
 
     # ---- turns ----
 
@@ -113,7 +152,7 @@ class WaitingRoom:
     def _turn(self, line: Line, place: Place, now_s: float) -> tuple[bool, float, float, Place]:
         if place[0] <= now_s - self._config.patience_s:
             return (False, 0.0, 0.0, place)
-        return (True, -line.priority, -self.shares.lag(line.size), place)
+        return (True, -line.priority, -self.shares.lag(line.size, self.losing(line.size, now_s)), place)
 
     # ---- claims ----
 

@@ -9,7 +9,7 @@ import pytest
 
 from conductor.admission import Admission, Case, Finding, Flight, Stage, judge, queue_full, refusal
 from conductor.admission_config import AdmissionConfig, Mode, Reserve
-from conductor.admission_policies import Baseline, Early, Forecast, Predictive, admission_named, admission_of
+from conductor.admission_policies import Baseline, Early, Forecast, Predictive, admission_named, admission_of, shared
 from conductor.config import ConductorConfig
 from conductor.effects import Slo
 from conductor.scoring import DecodeScore, PrefillScore
@@ -162,6 +162,19 @@ def test_our_forecast_keeps_the_room_of_those_let_in_before() -> None:
     assert not judge(Forecast(), kept, Mode.ENFORCE).accept
     gone_by_then = replace(kept, lengths=SHORT, config=AdmissionConfig(horizon_s=60.0))
     assert judge(Forecast(), gone_by_then, Mode.ENFORCE).accept
+
+
+def test_what_sequences_share_is_told_by_their_workers_report() -> None:
+    """Three run, with 600 tokens in 48 of 100 blocks of 10; a fourth has 100 tokens of room and does not run yet."""
+    worker = case(slo=Slo()).worker
+    assert worker is not None
+    pulling = flight(100, decoding_for_s=None)._replace(reserved=True)
+    assert shared(worker, [pulling], BLOCK) == 0.0  # nothing was reported
+    worker.load = LoadReport(kv_tokens=600, running_sequences=3, free_device_blocks=40, evictable_device_blocks=12)
+    assert shared(worker, [pulling], BLOCK) == pytest.approx(1.0 - 480 / 715)
+    assert shared(worker, [], BLOCK) == pytest.approx(1.0 - 480 / 615)
+    worker.load = LoadReport(kv_tokens=600, running_sequences=3, free_device_blocks=20)
+    assert shared(worker, [], BLOCK) == 0.0  # blocks of others that are not running: not less than none
 
 
 def test_before_outputs_were_seen_no_room_is_counted_on() -> None:

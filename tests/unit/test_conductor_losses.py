@@ -102,11 +102,13 @@ def test_a_withheld_prefill_is_neither_missed_nor_cancelled_where_it_never_was()
     assert play.books_empty()
 
 
-def test_who_holds_prefill_room_already_goes_first() -> None:
+def test_who_holds_prefill_room_until_it_may_decode_goes_first() -> None:
+    """The prefill of `b` is withheld, so that it holds nothing; one that is still computed would end by itself."""
     play = crowd()
-    play.request(spec("b"))  # withheld: it holds nothing
+    play.request(spec("b"))
     for name in ("b", "a"):
         assert play.refused("d0", f"{name}#1") == []
+    assert play.prefilled("p0", "a#1") == []
     assert play.load("d0", free_device_blocks=3) == ["d0 <- reserve a#1 40(40) from p0@e1"]
 
 

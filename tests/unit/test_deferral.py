@@ -106,10 +106,10 @@ def test_the_claim_of_one_that_leaves_falls() -> None:
 
 
 def test_a_wait_ends_when_the_first_token_would_be_late() -> None:
-    """0.85 of 1 s, less 50 ms for its own prefill, which is a guess until it was measured, and so counts nothing."""
+    """0.8 of 1 s, less 50 ms for its own prefill, which is a guess until it was measured, and so counts nothing."""
     play = full()
     play.request(spec("b", slo=Slo(ttft_s=1.0)))
-    assert play.wait(0.84) == []
+    assert play.wait(0.79) == []
     (refused,) = play.wait(0.02)
     assert refused.startswith("end b rejected: Rejected: rejected (decode_room): predicted")
 
@@ -204,6 +204,35 @@ def test_a_prefill_that_ends_early_asks_at_once() -> None:
     assert play.refused("d0", "b#1") == []  # then it stands in line
     assert play.ended("d0", "c#1") == ["d0 <- reserve b#1 100(100) from p0@e1"]
     assert play.reserved("d0", "b#1") == ["d0 <- start b#1 7"]
+
+
+def test_room_is_asked_for_as_much_earlier_as_it_has_taken_to_get_it() -> None:
+    play = old()
+    play.machine._desk.room_wait_s.value = 0.05
+    play.request(B)
+    assert play.wait(0.05) == []
+    assert play.wait(0.01) == ["d0 <- reserve b#1 100(100) from p0@e1"]
+
+
+def test_what_asking_has_taken_is_learned_from_those_whose_prefill_has_begun() -> None:
+    play = grown_old()
+    play.prefilled("p0", "b#1")
+    play.refused("d0", "b#1")
+    play.wait(0.5)
+    play.ended("d0", "c#1")
+    play.reserved("d0", "b#1")
+    assert play.machine._desk.room_wait_s.value == pytest.approx(0.02 * 0.5)  # the others had it at once
+
+
+def test_a_short_prefill_waits_for_room_while_others_stand_in_line() -> None:
+    """It would end before the room is there. Nobody is in line: it begins."""
+    play = old()
+    play.machine._desk.room_wait_s.value = 1.0
+    assert play.request(B) == ["begin b#1", "p0 <- prefill b#1 100(100)"]
+    play = old()
+    play.machine._desk.room_wait_s.value = 1.0
+    play.machine._desk.seekers[RequestId("c")] = None
+    assert play.request(B) == ["begin b#1"]
 
 
 def test_a_decode_worker_that_was_not_asked_is_not_told_to_cancel() -> None:

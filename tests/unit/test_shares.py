@@ -41,7 +41,6 @@ def dealt(size_fairness: float, sizes: dict[int, int], share_taken: float, seed:
     for size in stream:
         room += size * share_taken
         waiting.append(size)
-        shares.come(size_class(size))
         if len(waiting) < 40:
             continue
         first = max(waiting, key=lambda s: shares.lag(size_class(s)))
@@ -49,10 +48,10 @@ def dealt(size_fairness: float, sizes: dict[int, int], share_taken: float, seed:
             room -= first
             waiting.remove(first)
             taken[first] += 1
-            shares.let_in(size_class(first))
+            shares.see(size_class(first), let_in=True)
             first = max(waiting, key=lambda s: shares.lag(size_class(s)), default=0)
         if len(waiting) >= 40:
-            waiting.pop(0)
+            shares.see(size_class(waiting.pop(0)), let_in=False)
     return {size: taken[size] / count for size, count in sizes.items()}
 
 
@@ -80,11 +79,10 @@ def test_what_is_not_known_lags_behind_nobody_and_what_was_long_ago_fades() -> N
     shares = SizeShares(0.0)
     assert (shares.share(10), shares.lag(10)) == (1.0, 0.0)
     for _ in range(1000):
-        shares.come(10)
+        shares.see(10, let_in=False)
     assert shares.share(10) < 0.01
     for _ in range(8000):
-        shares.come(10)
-        shares.let_in(10)
+        shares.see(10, let_in=True)
     assert 0.9 < shares.share(10) <= 1.0
 
 
@@ -93,9 +91,9 @@ def test_what_is_not_known_lags_behind_nobody_and_what_was_long_ago_fades() -> N
 
 def test_the_higher_class_goes_first_and_then_the_size_that_lags() -> None:
     room = empty_room()
-    room.shares.come(12)
+    room.shares.see(12, let_in=False)
     for name, line in (("a", Line(0, 10)), ("b", Line(0, 12)), ("c", Line(1, 10)), ("d", Line(-1, 12))):
-        room.add(RequestId(name), line, 0.0)
+        room.add(RequestId(name), line, 0.0, 60.0)
     assert room.in_order(1.0) == ["c", "b", "a", "d"]
     assert room.next_line(1.0, set()) == Line(1, 10)
     assert room.next_line(1.0, {Line(1, 10)}) == Line(0, 12)
@@ -103,9 +101,9 @@ def test_the_higher_class_goes_first_and_then_the_size_that_lags() -> None:
 
 def test_who_is_overdue_goes_before_all_who_are_not() -> None:
     room = empty_room()
-    room.shares.come(12)
-    room.add(RequestId("low"), Line(-1, 10), 0.0)
-    room.add(RequestId("new"), Line(1, 12), 39.0)
+    room.shares.see(12, let_in=False)
+    room.add(RequestId("low"), Line(-1, 10), 0.0, 60.0)
+    room.add(RequestId("new"), Line(1, 12), 39.0, 99.0)
     assert room.in_order(39.9) == ["new", "low"]
     assert room.in_order(40.0) == ["low", "new"]  # 30 s, and 10 s for its class
 
@@ -115,16 +113,13 @@ def test_the_overdue_are_overtaken_by_their_seniors_only(data: st.DataObject) ->
     """Whatever the shares are: so a bounded set goes before it, since who comes later is the junior in the end."""
     room = empty_room()
     for _ in range(data.draw(st.integers(0, 30))):
-        size = data.draw(st.integers(8, 12))
-        room.shares.come(size)
-        if data.draw(st.booleans()):
-            room.shares.let_in(size)
+        room.shares.see(data.draw(st.integers(8, 12)), let_in=data.draw(st.booleans()))
     known: dict[RequestId, float] = {}
     for i in range(data.draw(st.integers(1, 20))):
         line = Line(data.draw(st.integers(-2, 2)), data.draw(st.integers(8, 12)))
         arrived_s = data.draw(st.floats(0.0, 100.0))
         known[RequestId(f"r{i}")] = seniority(arrived_s, line.priority, CONFIG)
-        room.add(RequestId(f"r{i}"), line, arrived_s)
+        room.add(RequestId(f"r{i}"), line, arrived_s, arrived_s + 60.0)
     order = room.in_order(100.0)
     for i, name in enumerate(order):
         if known[name] <= 100.0 - CONFIG.patience_s:
@@ -144,9 +139,24 @@ def test_the_waiting_room_is_a_sorted_list(seed: int) -> None:
             del twin[name]
         else:
             twin[name] = float(random.randrange(8))
-            room.add(name, Line(0, 10), twin[name])
+            room.add(name, Line(0, 10), twin[name], 60.0)
         assert room.in_order(0.0) == sorted(twin, key=twin.__getitem__)  # both stable: by coming
         assert not room.discard(RequestId("nobody"))
+
+
+def test_a_line_that_grows_old_is_behind_before_any_of_it_is_rejected() -> None:
+    room = empty_room(AdmissionConfig(size_fairness=1.0))
+    room.add(RequestId("a"), Line(0, 10), 0.0, 20.0)
+    room.add(RequestId("b"), Line(0, 12), 4.0, 14.0)
+    room.add(RequestId("c"), Line(0, 12), 4.0, 24.0)
+    assert (room.losing(10, 4.0), room.losing(12, 4.0)) == (pytest.approx(0.2), pytest.approx(0.0))
+    assert room.next_line(4.0, set()) == Line(0, 10)
+    assert (room.losing(10, 14.0), room.losing(12, 14.0)) == (pytest.approx(0.7), pytest.approx(1.5))
+    assert room.next_line(14.0, set()) == Line(0, 12)
+    room.discard(RequestId("b"))
+    assert room.losing(12, 14.0) == pytest.approx(0.5)
+    room.discard(RequestId("c"))
+    assert room.losing(12, 14.0) == 0.0
 
 
 # ---- the whole machine ----

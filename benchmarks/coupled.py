@@ -188,6 +188,7 @@ def config_of(case: Case, speed: int) -> SimConfig:
         decode=nodes.decode,
         coupled=nodes.coupled,
         admission="none",
+        shadows=False,
         seed=case.seed,
         speedup=STEP**speed,
         jitter_s=TICK_S if case.workload == "chat" else 0.0,

@@ -106,6 +106,7 @@ def run_case(case: Case, progress: Callable[[float], None]) -> Seen:
         prefill=8,
         decode=case.pool.nodes,
         admission=case.policy,
+        shadows=False,
         seed=case.seed,
         speedup=case.speedup,
         jitter_s=TICK_S,

@@ -82,6 +82,7 @@ def run_case(case: Case, progress: Callable[[float], None]) -> Seen:
         hardware=hardware,
         placement=case.placement,
         admission="none",
+        shadows=False,
         seed=case.seed,
         speedup=case.speedup,
         jitter_s=TICK_S,

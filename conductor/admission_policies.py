@@ -240,9 +240,12 @@ NO_ADMISSION = "none"
 ALL_NAMES = (*NAMES, NO_ADMISSION)
 
 
-def admission_named(name: str, config: AdmissionConfig) -> AdmissionConfig:
+def admission_named(name: str, config: AdmissionConfig, others: Mode = Mode.SHADOW) -> AdmissionConfig:
     """One policy in force and the others in its shadow, for comparing them: "baseline", "early", "predictive",
     "forecast", or "none". The paper's policies refuse at once, unless the name ends in "+defer".
+
+    Args:
+        others: what becomes of the others.
 
     Raises:
         ConfigError: an unknown name.
@@ -251,7 +254,7 @@ def admission_named(name: str, config: AdmissionConfig) -> AdmissionConfig:
         raise ConfigError(key="admission", value=name, expected=f"one of {', '.join(ALL_NAMES)}")
     bare = name.removesuffix(DEFER)
     baseline, early, predictive, forecast = (
-        Mode.ENFORCE if policy == bare else Mode.SHADOW for policy in (*PAPERS, "forecast")
+        Mode.ENFORCE if policy == bare else others for policy in (*PAPERS, "forecast")
     )
     defer = name.endswith(DEFER) or (bare == "forecast" and config.defer)
     return replace(config, baseline=baseline, early=early, predictive=predictive, forecast=forecast, defer=defer)

@@ -32,19 +32,22 @@ class Judge:
         if request.placed:
             return True
         prefill, decode = placement.option
-        refused = self._on_arrival(request, query, prefill, decode, now_s)
-        line = Line(request.spec.priority, size_class(query.blocks_expected * query.block_size))
-        why = refused.reason if refused is not None else self._must_wait(request)
+        case = self._case(Stage.ARRIVAL, request, query, prefill, decode, now_s)
         ends_s = self._slack_ends_s(request, prefill)
         newcomer = request.spec.request_id not in desk.waiting
+        if not newcomer and now_s < ends_s and self._refused_again(case):
+            self._wait(request, query, placement, ends_s)
+            return False
+        request.record.verdicts = desk.admission.judge(case)
+        refused = refusal(request.record.verdicts)
+        line = Line(request.spec.priority, size_class(query.blocks_expected * query.block_size))
+        why = refused.reason if refused is not None else self._must_wait(request)
         if not why or (refused is None and newcomer and now_s >= ends_s):  # it cannot let others go first
             desk.waiting.shares.see(line.size, let_in=True)
             return True
         waits = desk.admission.config.defer and (refused is None or refused.waits)
         if waits and now_s < ends_s and self._defer(request, line, why, now_s, ends_s):
-            request.set_phase(Phase.DEFERRED, defer=ends_s)
-            if request.spec.request_id == desk.waiting.in_turn:
-                self._claim(request, query, placement)
+            self._wait(request, query, placement, ends_s)
             return False
         desk.waiting.shares.see(line.size, let_in=False)
         at_s = now_s - request.arrived_s
@@ -72,13 +75,16 @@ class Judge:
 
     # ---- inside ----
 
-    def _on_arrival(
-        self, request: Request, query: Query, prefill: PrefillScore, decode: DecodeScore, now_s: float
-    ) -> Verdict | None:
-        """The refusal in force, if there is one. Judged again, the new verdicts replace the old ones."""
-        verdicts = self._desk.admission.judge(self._case(Stage.ARRIVAL, request, query, prefill, decode, now_s))
-        request.record.verdicts = verdicts
-        return refusal(verdicts)
+    def _refused_again(self, case: Case) -> bool:
+        """One that waits is refused for now, still. Its record keeps the verdicts of its arrival until the last ones:
+        the policies in shadow are asked no more often than somebody reads their answer."""
+        refused = self._desk.admission.refuses(case)
+        return refused is not None and refused.waits
+
+    def _wait(self, request: Request, query: Query, placement: Placement, ends_s: float) -> None:
+        request.set_phase(Phase.DEFERRED, defer=ends_s)
+        if request.spec.request_id == self._desk.waiting.in_turn:
+            self._claim(request, query, placement)
 
     def _slack_ends_s(self, request: Request, prefill: PrefillScore) -> float:
         """Until when it may wait, and then still have its first token in time, if no other prompt is ahead of it."""

@@ -51,6 +51,7 @@ class SimConfig:
         macro: steps that change nothing are taken many at once.
         check: invariants after every event.
         placement, admission: names of policies, as simulator.policies knows them; the defaults are the product's.
+        shadows: the other admission policies judge too, and are not obeyed; decisions are the same without them.
         eviction: which cached blocks leave first, on every node: one of EVICTIONS.
         conductor: the machine's own settings; its SLOs and prior are set from this.
         report_interval_s: between load reports; a node's own default is 0.25.
@@ -83,6 +84,7 @@ class SimConfig:
     check: bool = False
     placement: str = "algorithm1"
     admission: str = "forecast"
+    shadows: bool = True
     eviction: str = "lru"
     conductor: ConductorConfig = field(default_factory=ConductorConfig)
     report_interval_s: float = 0.5

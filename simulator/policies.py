@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
+from conductor.admission_config import Mode
 from conductor.admission_policies import ALL_NAMES, admission_named
 from conductor.config import PlacementName
 from conductor.desk import Layout
@@ -59,12 +60,14 @@ def make_conductor(
     Raises:
         ConfigError: an unknown policy.
     """
-    hardware = config.hardware
+    hardware, others = config.hardware, Mode.SHADOW if config.shadows else Mode.OFF
     settings = replace(
         config.conductor,
         slo=Slo(ttft_s=config.slo_ttft_s, tbt_s=config.slo_tbt_s),
         prior=hardware.prior(factors),
-        admission=admission_named(_named("admission", config.admission, ADMISSIONS), config.conductor.admission),
+        admission=admission_named(
+            _named("admission", config.admission, ADMISSIONS), config.conductor.admission, others
+        ),
         placement=_named("placement", config.placement, PLACEMENTS),
         placement_seed=rng.getrandbits(32),
     )

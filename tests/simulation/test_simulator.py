@@ -199,6 +199,13 @@ def test_coupled_workers_serve_too(settings: dict[str, int]) -> None:
     assert any(row.prefill_node.startswith("c") for row in done.requests)
 
 
+def test_policies_in_the_shadow_change_nothing() -> None:
+    settings = {"admission": "forecast", "slo_ttft_s": 3.0, "hardware": {"decode_blocks": 60}}
+    with_them, without = (run(4, 120, shadows=shadows, **settings) for shadows in (True, False))
+    assert outcomes(with_them)[Outcome.REJECTED] > 0
+    assert (with_them.digest, with_them.requests) == (without.digest, without.requests)
+
+
 # ---- faults ----
 
 

@@ -138,19 +138,25 @@ def _number(text: str) -> float:
         return math.nan
 
 
-def command(scenario: Scenario) -> str:
-    """The one line that runs it again: the nodes, policy and seed, and whatever else is not the default."""
+def command(scenario: Scenario, sweeps: Sequence[str] = ()) -> str:
+    """The one line that runs it again: the nodes, policy and seed, and whatever else is not the default or swept."""
     always = ("trace", "prefill", "decode", "coupled", "speedup", "policy", "seed")
     words = ["halfmoon", "simulate"]
+    varied = swept(sweeps)
     for spec in fields(scenario):
         value = getattr(scenario, spec.name)
-        if value == spec.default and spec.name not in always:
+        if spec.name in varied or (value == spec.default and spec.name not in always):
             continue
         option = shown(spec.name)
         words.append(f"--no-{option}" if value is False else f"--{option}")
         if not isinstance(value, bool):
             words.append(_text(value))
-    return shlex.join(words)
+    return shlex.join([*words, *(word for text in sweeps for word in ("--sweep", text))])
+
+
+def swept(texts: Sequence[str]) -> set[str]:
+    """The fields that a sweep's texts vary. Raises ConfigError as `sweep` does."""
+    return {name for name, _ in map(_axis, texts)}
 
 
 def sweep(base: Scenario, texts: Sequence[str]) -> list[tuple[str, Scenario]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.markup import escape
 
 from cli.parallel import Crash, cores, require_all, run_all
 from cli.progress import progress
-from cli.scenario import FITS, Scenario, command, scenario, slug, sweep, without_seed
+from cli.scenario import FITS, Scenario, command, scenario, slug, sweep, swept, without_seed
 from cli.simulating import (
     FIRST_SKIPPED,
     REPORT,
@@ -118,7 +117,7 @@ def simulate(sweeps: tuple[str, ...], jobs: int | None, out: str | None, record:
     console = make_console()
     directory = Path(out) if out else Path("runs") / default_name(asked, sweeps)
     if sweeps:
-        _simulate_many(combinations, directory, jobs or cores(), console, _sweep_command(asked, sweeps))
+        _simulate_many(combinations, directory, jobs or cores(), console, command(asked, sweeps))
     else:
         _simulate_one(asked, directory, console, record)
 
@@ -133,9 +132,10 @@ def _require_one_conductor(sweeps: Sequence[str], asked: Scenario) -> None:
 
 def default_name(asked: Scenario, sweeps: Sequence[str]) -> str:
     """The same command goes to the same folder, another one to another: a hash of every option ends the name."""
-    named = f"{Path(asked.trace).stem} {asked.nodes} {asked.policy} {asked.speedup:g}x seed {asked.seed}"
-    whole = hashlib.blake2b(_sweep_command(asked, sweeps).encode(), digest_size=4).hexdigest()
-    return f"{slug(0, ' '.join([named, *sweeps]))[4:]}-{whole}"
+    told = {"policy": asked.policy, "speedup": f"{asked.speedup:g}x", "seed": f"seed {asked.seed}"}
+    words = [Path(asked.trace).stem, asked.nodes, *(word for name, word in told.items() if name not in swept(sweeps))]
+    whole = hashlib.blake2b(command(asked, sweeps).encode(), digest_size=4).hexdigest()
+    return f"{slug(0, ' '.join([*words, *sweeps]))[4:]}-{whole}"
 
 
 def _simulate_one(asked: Scenario, directory: Path, console: Console, record: Path | None) -> None:
@@ -214,7 +214,3 @@ def _say_left_out(sketches: Sequence[Sketch], console: Console) -> None:
     said = {left_out(s.settings[SKIPPED], s.settings[FIRST_SKIPPED]) for s in sketches if SKIPPED in s.settings}
     for sentence in sorted(said):
         console.print(sentence, style="yellow", markup=False, soft_wrap=True)
-
-
-def _sweep_command(asked: Scenario, sweeps: Sequence[str]) -> str:
-    return command(asked) + "".join(f" --sweep {shlex.quote(text)}" for text in sweeps)

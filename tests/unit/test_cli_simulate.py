@@ -181,7 +181,7 @@ def test_folders_are_told_apart_by_every_option(tmp_path: Path, monkeypatch: pyt
             ("belief", "1.2"), ("jitter_s", 1.0), ("trace", "b/chat.jsonl"), ("eviction", "lfu"),
         )
     ]  # fmt: skip
-    long = [f"placement={'random,' * 20}{last}" for last in ("algorithm1", "round_robin")]
+    long = [f"seed={','.join(map(str, range(60)))},{last}" for last in (60, 61)]
     names = [default_name(one, []) for one in (base, *others)] + [default_name(base, [text]) for text in long]
     assert len(set(names)) == len(names)
 

@@ -84,6 +84,13 @@ def test_the_command_asks_for_the_same_again() -> None:
     assert "--skip-bad" not in words
 
 
+def test_the_command_of_a_sweep_says_once_what_it_varies() -> None:
+    said = shlex.split(command(BASE, ["policy=early,none", "slo-ttft=3,4"]))
+    assert "--policy" not in said
+    assert said[-4:] == ["--sweep", "policy=early,none", "--sweep", "slo-ttft=3,4"]
+    assert said[said.index("--seed") + 1] == "1"
+
+
 def test_a_sweep_is_every_combination() -> None:
     found = sweep(BASE, ["policy=early, predictive", "--speedup=1,2", "slo-ttft=10"])
     assert [label for label, _ in found] == [

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cli.main import main
-from cli.scenario import Scenario, command
+from cli.scenario import Scenario, command, sweep
 from cli.simulate import default_name
 from cli.simulating import config_of, simulate_scenario, ticked, trace_of
 from halfmoon.errors import Failed
@@ -198,6 +198,12 @@ def test_arrivals_in_ticks_are_spread_and_others_are_not() -> None:
     assert config_of(asked, trace(0, 3)).jitter_s == 3.0
     assert config_of(asked, trace(0, 1)).jitter_s == 0.0
     assert config_of(replace(asked, jitter_s=1.5), trace(0, 3)).jitter_s == 1.5
+
+
+def test_a_sweep_may_vary_what_leaves_first() -> None:
+    asked = [one for _, one in sweep(Scenario(trace="t"), ["eviction=lru,lfu,length_aware,s3fifo"])]
+    assert [config_of(one).eviction for one in asked] == ["lru", "lfu", "length_aware", "s3fifo"]
+    assert "--eviction lfu" in command(asked[1])
 
 
 def test_a_broken_promise_ends_with_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:

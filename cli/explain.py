@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from conductor.admission_policies import POLICIES
+
 MS = 1e3
 PREFILL_TERMS = ("ttft_s", "queue_s", "fetch_s", "prefill_s", "mixing_s")
 PREFILL_HEADS = ("TTFT", "queue", "fetch", "prefill", "mixing")
@@ -60,7 +62,7 @@ def _limits(record: Record) -> str:
 
 
 def _terms(record: Record) -> Table:
-    table = _table("predicted and actual, ms")
+    table = _table("predicted and actual, ms, each rounded by itself")
     table.add_column("", overflow="fold")
     for name in ("predicted", "actual", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -74,17 +76,15 @@ def _terms(record: Record) -> Table:
         "ttft_s": "= time to first token",
         "second_gap_s": "first to second token",
         "handover_s": "  of it: the rest of the pull",
-        "tbt_s": "gap between later tokens, mean",
+        "tbt_s": "a decode step; later gaps, their mean",
         "tbt_worst_s": "TBT: mean of the longest tenth of gaps",
         "pull_s": "the pull: alone; with waiting for blocks",
     }
     for name, text in words.items():
         predicted, actual = terms[name]["predicted_s"], terms[name]["actual_s"]
-        if name == "before_s":
-            predicted = None
         if predicted is not None or actual is not None:
             table.add_row(
-                text, _ms(predicted), _ms(actual), _difference(predicted, actual), end_section=name == "ttft_s"
+                text, _ms(predicted), _ms(actual), _difference(name, predicted, actual), end_section=name == "ttft_s"
             )
     return table
 
@@ -99,7 +99,7 @@ def _judged(record: Record) -> Record:
 
 def _fetch_words(prefill: Record) -> str:
     if not prefill["fetch_blocks"]:
-        return "fetch of a cached prefix: none"
+        return "own cached blocks, read into the device" if prefill["read_s"] else "fetch of a cached prefix: none"
     return f"fetch of {prefill['fetch_blocks']} cached blocks from {prefill['source']}"
 
 
@@ -114,7 +114,7 @@ def _new_tokens(record: Record, choice: Record) -> str:
 
 
 def _verdicts(verdicts: Sequence[Record]) -> Table:
-    table = _table("admission: what every policy said")
+    table = _table("admission: what the policies said")
     for name in ("policy", "mode", "says"):
         table.add_column(name, no_wrap=True)
     table.add_column("because", overflow="fold")
@@ -122,6 +122,10 @@ def _verdicts(verdicts: Sequence[Record]) -> Table:
         says = "accept" if verdict["accept"] else "reject"
         says += "" if verdict["stage"] == "arrival" else f" at {verdict['stage']}"
         table.add_row(verdict["policy"], verdict["mode"], says, _because(verdict))
+    judged = {verdict["policy"] for verdict in verdicts}
+    for name in POLICIES:
+        if name not in judged:
+            table.add_row(name, "off", "-", "not asked")
     return table
 
 
@@ -172,7 +176,7 @@ def _prefill_candidates(choice: Record, label: str) -> Table:
 def _decode_candidates(choice: Record, label: str) -> Table:
     table = _table(f"{label}: load by decode worker, 1 is full{_shown(choice, 'decode')}")
     table.add_column("worker", overflow="fold")
-    for name in ("load", "room", "TBT/SLO", "TBT ms", "stall ms", "here"):
+    for name in ("load", "room", "step/SLO", "step ms", "stall ms", "here"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for score in choice["decode_scores"]:
@@ -223,5 +227,6 @@ def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * MS:,.1f}"
 
 
-def _difference(predicted: float | None, actual: float | None) -> str:
-    return "" if predicted is None or actual is None else f"{(actual - predicted) * MS:+,.1f}"
+def _difference(name: str, predicted: float | None, actual: float | None) -> str:
+    """None of what was over when the rest was predicted."""
+    return "" if predicted is None or actual is None or name == "before_s" else f"{(actual - predicted) * MS:+,.1f}"

@@ -12,6 +12,7 @@ from rich.text import Text
 from cli.tables import counted
 from conductor.blame import Blame
 from conductor.counterfactual import Counterfactual, Judged
+from conductor.hindsight import CHECKED_MIN, RIGHT_SHARE
 
 WIDTH = 80
 
@@ -62,17 +63,22 @@ def _share(count: int, total: int) -> str:
 def _sureness(result: Counterfactual) -> str:
     sure = result.sureness
     said = [
-        "Wrongly accepted: missed a limit. Wrongly rejected: would have kept both, had it alone been taken on in the "
-        "recorded world. Open: too close to a limit to say, or the client left."
+        "Wrongly accepted: missed a limit. Wrongly rejected: would have kept both, had it alone been taken on, as "
+        "reckoned from the recorded run: its queue, batches, decode room and measured costs. Not modelled: links that "
+        "are shared, preemption, faults. Open: too close to a limit, no decode room at once, or the client left."
     ]
-    if sure.checked:
+    if not sure.enough:
+        said.append(
+            f"How sure: not at all. Reckoned in the same way, {sure.right} of {counted(sure.checked, 'request')} "
+            f"served come out as they did; {100 * RIGHT_SHARE:.0f} % of at least {CHECKED_MIN} must. All rejections "
+            "are left open."
+        )
+    else:
         said.append(
             f"How sure: reckoned in the same way, {sure.right} of {counted(sure.checked, 'request')} served "
             f"({100 * sure.right / sure.checked:.0f} %) come out as they did; 90 % of their TTFT within "
             f"{sure.ttft_margin_s * 1e3:,.0f} ms, of their TBT within {sure.tbt_margin_s * 1e3:,.1f} ms."
         )
-    else:
-        said.append("How sure: not at all. No request was served by which it could be checked.")
     if result.unjudged:
         said.append(f"{counted(result.unjudged, 'request')} ended before admission was asked (no place, no worker).")
     return "\n".join(fill(one, WIDTH) for one in said) + "\n"

@@ -232,8 +232,9 @@ def admission_of(config: AdmissionConfig) -> Admission:
 
 
 PAPERS = ("baseline", "early", "predictive")
+POLICIES = (*PAPERS, "forecast")
 DEFER = "+defer"
-NAMES = (*PAPERS, "forecast", *(f"{name}{DEFER}" for name in PAPERS))
+NAMES = (*POLICIES, *(f"{name}{DEFER}" for name in PAPERS))
 NO_ADMISSION = "none"
 """Everything is taken on."""
 
@@ -253,8 +254,6 @@ def admission_named(name: str, config: AdmissionConfig, others: Mode = Mode.SHAD
     if name not in ALL_NAMES:
         raise ConfigError(key="admission", value=name, expected=f"one of {', '.join(ALL_NAMES)}")
     bare = name.removesuffix(DEFER)
-    baseline, early, predictive, forecast = (
-        Mode.ENFORCE if policy == bare else others for policy in (*PAPERS, "forecast")
-    )
+    baseline, early, predictive, forecast = (Mode.ENFORCE if policy == bare else others for policy in POLICIES)
     defer = name.endswith(DEFER) or (bare == "forecast" and config.defer)
     return replace(config, baseline=baseline, early=early, predictive=predictive, forecast=forecast, defer=defer)

@@ -1,9 +1,9 @@
 """Pure: how wrong each term of the predictions was, and which one is to blame, net of what it inherited.
 
 A wrong prefill cost makes queues look long: each prompt ahead is booked with it. So the queue is judged with the
-seconds that those ahead really took put in the place of those that they were booked with; prefill at the tokens that
-were really computed; a transfer, be it of a cached prefix or to the decode worker, at the blocks that were really
-waited for; decoding by the gaps between tokens after the second.
+seconds that those ahead really took, less those that passed while its own prefix was fetched, put in the place of those
+that they were booked with; prefill at the tokens that were really computed; a transfer, be it of a cached prefix or to
+the decode worker, at the blocks that were really waited for; decoding by the gaps between tokens after the second.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _pairs(term: str, run: Recorded, past: Past) -> list[_Pair]:
     match term:
         case "queue":
             booked_s, took_s = ahead(run.stays.get(past.prefill.node_id, ()), past)
-            return _paired(terms["queue_s"], lambda predicted: max(0.0, predicted + took_s - booked_s))
+            left_s = max(0.0, took_s - (terms["fetch_s"][1] or 0.0))  # the rest passed while its prefix was fetched
+            return _paired(terms["queue_s"], lambda predicted: max(0.0, predicted + left_s - booked_s))
         case "prefill":
             new = past.num_tokens - size * (past.prefill.hit_blocks + past.prefill.fetch_blocks)
             share = (past.computed_tokens or 0) / max(1, new)

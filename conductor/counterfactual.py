@@ -61,7 +61,7 @@ def counterfactual(run: Recorded, policies: Iterable[str] = ()) -> Counterfactua
         blame=blame(run),
         judged=len(run.pasts),
         unjudged=run.unjudged,
-        false_rejected=tuple(p.request_id for p in run.pasts if not p.taken and truths[p.request_id].met),
+        false_rejected=tuple(p.request_id for p in run.pasts if p.rejected and truths[p.request_id].met),
     )
 
 

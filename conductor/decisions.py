@@ -193,9 +193,11 @@ class DecisionRecord:
         """Of the placement that gave the first token; before there is one, of the last.
 
         `ttft_s` = `before_s` + `queue_s` + `fetch_s` + `prefill_s`, predicted and actual alike, as the front end
-        sees it. `before_s`: until it was placed. `queue_s`: whatever is none of the others, so that an actual one
-        holds the wait for other prompts' passes as well as the network. On a coupled worker the decode steps that
-        share a prompt's passes are in its `prefill_s`. An actual `pull_s` holds the wait for the prompt's blocks.
+        sees it. `before_s`: until it was placed. `fetch_s`: with the reading of its own hits from slower tiers.
+        `queue_s`: whatever is none of the others, so that an actual one holds the wait for other prompts' passes as
+        well as the network. On a coupled worker the decode steps that share a prompt's passes are in its `prefill_s`.
+        An actual `pull_s` holds the wait for the prompt's blocks. `tbt_s`: one decode step, stalls included, against
+        the mean of later gaps; the worst tenth of gaps, by which a request's TBT is judged, is not predicted.
         """
         given = self.first_token_choice
         choice = given or (self.choices[-1] if self.choices else None)
@@ -211,7 +213,7 @@ class DecisionRecord:
             "ttft_s": Term(before_s + prefill.ttft_s, None if placed_s is None else before_s + placed_s),
             "before_s": Term(before_s, before_s),
             "queue_s": Term(prefill.queue_s, rest_s),
-            "fetch_s": Term(prefill.fetch_s, None if first is None else first.fetch_s),
+            "fetch_s": Term(prefill.fetch_s + prefill.read_s, None if first is None else first.fetch_s),
             "prefill_s": Term(prefill.prefill_s + prefill.mixing_s, None if first is None else first.compute_s),
             "tbt_s": Term(choice.decode.tbt_s, seen.tbt_mean_s),
             "tbt_worst_s": Term(None, seen.tbt_worst_s),

@@ -1,9 +1,13 @@
 """Pure: what a rejected request would have got, had it alone been taken on in the recorded world.
 
 The world is what was recorded: who was in which queue, from when, and until when; how large the decode batches were;
-and costs fitted to everything that workers measured in the whole run, whatever the conductor believed. One request more
-is put into it where its verdict was about; those behind it are not delayed by it. The same is reckoned for the requests
-that were served, whose truth is known: how often it is right about them, and how far off, says how sure it is.
+who held decode room; and costs fitted to everything that workers measured in the whole run, whatever the conductor
+believed. One request more is put into it where its verdict was about, with an output of the served ones' mean length;
+those behind it are not delayed by it. The same is reckoned for the requests that were served, whose truth is known: how
+often it is right about them, and how far off, says how sure it is. Where it is right too seldom, it says nothing.
+
+Not modelled: waiting for links that are shared, the hand-over's wait (only as the served ones' median), preemption and
+faults. Who finds no decode room at once, or would outgrow it, is left open, unless it is late all the same.
 """
 
 from __future__ import annotations
@@ -14,14 +18,37 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
+from conductor.admission_config import Reserve
+from conductor.admission_policies import admission_of
 from conductor.past import Past, Recorded, Stay
+from conductor.tenancy import Room, Tenancy, Tenants
+from halfmoon.types import NodeId
+from report.gaps import WORST_ONE_IN
 
 MARGIN_SHARE = 0.9
 """Of the served requests are estimated within the margin: a limit nearer than that is too close to call."""
 
 
+RIGHT_SHARE = 0.9
+"""Of the served requests must come out as they did; else nothing is said of the rejected ones."""
+
+CHECKED_MIN = 10
+"""Fewer served requests are no check."""
+
+
 class Served(NamedTuple):
-    """What a request gets, in seconds, as its client sees it. `tbt_s`: the mean of its worst tenth of gaps."""
+    """What a request gets, in seconds, as its client sees it. `tbt_s`: the mean of its worst tenth of gaps.
+
+    `room`: it found decode room when it asked, for as long as it stayed.
+    """
+
+    ttft_s: float
+    tbt_s: float
+    room: bool
+
+
+class Raw(NamedTuple):
+    """As Served, without what no model knows; `tbt_s`: one plain decode step."""
 
     ttft_s: float
     tbt_s: float
@@ -43,13 +70,22 @@ class Sureness:
     ttft_margin_s: float
     tbt_margin_s: float
 
+    @property
+    def enough(self) -> bool:
+        """Whether what is reckoned is said at all."""
+        return self.checked >= CHECKED_MIN and self.right >= RIGHT_SHARE * self.checked
+
 
 class Hindsight:
     """Reckons for one run. Built by looking at those that were served."""
 
     def __init__(self, run: Recorded) -> None:
         self._run = run
-        served = [past for past in run.pasts if past.taken and past.met is not None]
+        self._reserve = admission_of(run.config.admission).reserve
+        self._tenants: dict[str, Tenants] = {}
+        served = [past for past in run.pasts if past.met is not None]
+        outputs = [past.output_tokens for past in served if past.output_tokens]
+        self._output_tokens = sum(outputs) / len(outputs) if outputs else 1.0
         ttfts = [(self._raw(past).ttft_s, past.terms["ttft_s"][1]) for past in served]
         tbts = [(self._raw(past).tbt_s, past.terms["tbt_worst_s"][1]) for past in served]
         self._late_s = _median([actual - raw for raw, actual in ttfts if actual is not None], 0.0)
@@ -58,23 +94,44 @@ class Hindsight:
 
     def truth(self, past: Past) -> Truth:
         """What happened; where nothing did, what is reckoned, if that is clear enough."""
-        if past.taken:
+        if not past.rejected:
             return Truth(past.met, True)
-        served, limits, sure = self.served(past), past.limits, self.sureness
-        sides = (
-            _side(served.ttft_s, limits.ttft_s, sure.ttft_margin_s),
-            _side(served.tbt_s, limits.tbt_s, sure.tbt_margin_s),
-        )
-        if False in sides:
-            return Truth(False, False)
-        return Truth(None if None in sides else True, False)
+        sure = self.sureness
+        if not sure.enough:
+            return Truth(None, False)
+        return Truth(_met(self.served(past), past, sure.ttft_margin_s, sure.tbt_margin_s), False)
 
     def served(self, past: Past) -> Served:
+        """With the overheads that no model knows, as the served ones had them; and with the wait for decode room."""
         raw = self._raw(past)
-        return Served(raw.ttft_s + self._late_s, raw.tbt_s * self._rough)
+        served = Served(raw.ttft_s + self._late_s, raw.tbt_s * self._rough, True)
+        return self._roomed(past, served, raw.tbt_s)
 
-    def _raw(self, past: Past) -> Served:
-        """From the recorded queue, batch and costs; the overheads that no model knows are added by `served`."""
+    def _roomed(self, past: Past, served: Served, step_s: float) -> Served:
+        """Room is asked for with the prompt, which then waits for it; or late, and then its second token does."""
+        late = self._reserve in (Reserve.DURING, Reserve.AFTER)
+        life_s = step_s * self._output_tokens
+        asks_s = past.at_s - past.before_s + served.ttft_s if late else past.at_s
+        stays_s = life_s if late else life_s + served.ttft_s
+        tokens, names = round(self._output_tokens), self._run.names.get(past.request_id, ())
+        one = Tenancy(past.request_id, asks_s, asks_s, asks_s + stays_s, past.num_tokens, tokens, names)
+        wait_s, lasting = self._tenants_of(past.decode.node_id).find(one)
+        if wait_s == 0.0:
+            return served._replace(room=lasting)
+        if not late:
+            return Served(served.ttft_s + wait_s, served.tbt_s, False)
+        worst = max(1, round(self._output_tokens / WORST_ONE_IN))
+        return Served(served.ttft_s, served.tbt_s + wait_s / worst, False)
+
+    def _tenants_of(self, node_id: NodeId) -> Tenants:
+        if node_id not in self._tenants:
+            run = self._run
+            room = run.rooms.get(node_id, Room(0, 0))
+            self._tenants[node_id] = Tenants(run.tenancies.get(node_id, ()), room, run.header.block_size)
+        return self._tenants[node_id]
+
+    def _raw(self, past: Past) -> Raw:
+        """From the recorded queue, batch and costs."""
         run, score = self._run, past.prefill
         cost, block_size = run.costs[score.node_id], run.header.block_size
         context = block_size * (score.hit_blocks + score.fetch_blocks)
@@ -84,22 +141,22 @@ class Hindsight:
         begin_s = free_at(run.stays.get(score.node_id, ()), past.at_s, past.at_s + fetch_s, past.request_id)
         ttft_s = past.before_s + begin_s - past.at_s + prefill_s
         load = run.load_at(past.decode.node_id, past.at_s + ttft_s)
-        beside = 0 if past.taken else 1  # the report counts those that were there
+        beside = 1 if past.rejected else 0  # the report counts those that were there
         batch, kv_tokens = load.sequences + beside, load.kv_tokens + beside * past.num_tokens
         step = run.costs[past.decode.node_id].decode_step_s(max(1, batch), kv_tokens)
-        return Served(ttft_s, step.seconds)
+        return Raw(ttft_s, step.seconds)
 
     def _check(self, served: Sequence[Past]) -> Sureness:
-        right, ttft_off, tbt_off = 0, [], []
+        verdicts, ttft_off, tbt_off = [], [], []
         for past in served:
-            got, limits = self.served(past), past.limits
-            met = _side(got.ttft_s, limits.ttft_s, 0.0) and _side(got.tbt_s, limits.tbt_s, 0.0)
-            right += bool(met) == past.met
+            got = self.served(past)
+            verdicts.append((_met(got, past, 0.0, 0.0), past.met))
             ttft_s, tbt_s = past.terms["ttft_s"][1], past.terms["tbt_worst_s"][1]
             ttft_off += [abs(got.ttft_s - ttft_s)] if ttft_s is not None else []
             tbt_off += [abs(got.tbt_s - tbt_s)] if tbt_s is not None else []
+        said = [met == was for met, was in verdicts if met is not None]
         return Sureness(
-            checked=len(served), right=right, ttft_margin_s=_quantile(ttft_off), tbt_margin_s=_quantile(tbt_off)
+            checked=len(said), right=sum(said), ttft_margin_s=_quantile(ttft_off), tbt_margin_s=_quantile(tbt_off)
         )
 
 
@@ -119,6 +176,17 @@ def free_at(stays: Sequence[Stay], at_s: float, ready_s: float, request_id: str)
 
 def _begun_s(stay: Stay) -> float:
     return stay.begun_s
+
+
+def _met(served: Served, past: Past, ttft_margin_s: float, tbt_margin_s: float) -> bool | None:
+    """None: too close to a limit to call, or it depends on decode room that was not there at once."""
+    sides = (
+        _side(served.ttft_s, past.limits.ttft_s, ttft_margin_s),
+        _side(served.tbt_s, past.limits.tbt_s, tbt_margin_s),
+    )
+    if False in sides:
+        return False
+    return True if served.room and None not in sides else None
 
 
 def _side(value: float, limit: float | None, margin: float) -> bool | None:

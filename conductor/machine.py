@@ -191,8 +191,7 @@ class ConductorMachine:
         self._membership.tick(now_s)
         self._ring(now_s)
         if desk.swing.due(now_s):
-            ttft_s = desk.config.slo.ttft_s or 1.0
-            desk.swing.see(pool_loads(desk.view, desk.layout.block_size, ttft_s, now_s), now_s)
+            desk.swing.see(pool_loads(desk.view, desk.config.slo, now_s), now_s)
         if desk.waiting and now_s - desk.waiting.judged_s >= desk.config.retry_s:
             self._placer.place_deferred(now_s)
         for key in [key for key, due_s in desk.closing.items() if due_s <= now_s]:

@@ -2,17 +2,19 @@
 
 Mooncake's paper (arXiv 2407.00079, Figure 9) shows the loads of both pools in anti-phase when requests are taken on by
 the load of the moment. Here: over the last `WINDOW_S`, sampled every `SAMPLE_S`, the standard deviation of the decode
-pool's KV tokens over its room, and the correlation of the two pools' loads (-1: in anti-phase).
+pool's load, and the correlation of the two pools' loads (-1: in anti-phase).
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from conductor.effects import Slo
 from conductor.view import Worker
+from report.pearson import correlation
 
 SAMPLE_S = 1.0
 WINDOW_S = 300.0
@@ -20,7 +22,7 @@ WINDOW_S = 300.0
 
 
 class PoolLoads(NamedTuple):
-    """prefill: mean queue in seconds over the default TTFT limit; decode: KV tokens of running sequences over room."""
+    """As `pool_loads` defines them; 1 is the limit."""
 
     prefill: float
     decode: float
@@ -35,17 +37,26 @@ class Oscillation(NamedTuple):
     correlation: float | None
 
 
-def pool_loads(workers: Iterable[Worker], block_size: int, ttft_s: float, now_s: float) -> PoolLoads:
-    """Of the pools as they are now; a coupled worker is part of both, and an empty pool has no load."""
-    queue_s = prefills = tokens = room = 0.0
+def pool_loads(workers: Iterable[Worker], slo: Slo, now_s: float) -> PoolLoads:
+    """Of the pools as they are now: what admission looks at, without a request to judge.
+
+    Prefill: the mean queue over the TTFT limit. Decode: the mean over its workers of the larger of the predicted step
+    over the TBT limit, and the booked blocks over the pool. A limit that there is not is none of the load; a coupled
+    worker is part of both pools, and an empty pool has no load.
+    """
+    queues: list[float] = []
+    loads: list[float] = []
     for worker in workers:
         if worker.prefills:
-            queue_s += worker.queue_s(now_s)
-            prefills += 1
+            queues.append(worker.queue_s(now_s) / slo.ttft_s if slo.ttft_s else 0.0)
         if worker.decodes:
-            tokens += worker.load.kv_tokens
-            room += worker.num_blocks * block_size
-    return PoolLoads(queue_s / prefills / ttft_s if prefills else 0.0, tokens / room if room else 0.0)
+            step_s = worker.cost.decode_seconds(worker.batch, worker.kv_tokens)
+            loads.append(max(step_s / slo.tbt_s if slo.tbt_s else 0.0, worker.decode_blocks / worker.num_blocks))
+    return PoolLoads(_mean(queues), _mean(loads))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 class Swing:
@@ -67,10 +78,7 @@ class Swing:
         count = len(samples)
         if not count:
             return Oscillation(0, PoolLoads(0.0, 0.0), 0.0, None)
-        mean_p, mean_d = (sum(loads[i] for loads in samples) / count for i in (0, 1))
-        var_p = sum((loads.prefill - mean_p) ** 2 for loads in samples) / count
-        var_d = sum((loads.decode - mean_d) ** 2 for loads in samples) / count
-        both = sum((loads.prefill - mean_p) * (loads.decode - mean_d) for loads in samples) / count
-        flat = math.sqrt(var_p) < 1e-9 or math.sqrt(var_d) < 1e-9
-        correlation = None if flat else max(-1.0, min(1.0, both / math.sqrt(var_p * var_d)))
-        return Oscillation(count, samples[-1], math.sqrt(var_d), correlation)
+        prefill, decode = [loads.prefill for loads in samples], [loads.decode for loads in samples]
+        mean = _mean(decode)
+        deviation = math.sqrt(_mean([(load - mean) ** 2 for load in decode]))
+        return Oscillation(count, samples[-1], deviation, correlation(prefill, decode))

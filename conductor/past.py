@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ from conductor.config import ConductorConfig
 from conductor.effects import Slo
 from conductor.recording import Call, Ending, Header, config_of
 from conductor.scoring import DecodeScore, PrefillScore
+from conductor.tenancy import Room, Tenancy, tenancies_of
 from core.cost import CostPrior, WorkerCost
 from core.messages import LoadReport, NodeInfo, Snapshot
 from halfmoon.errors import RecordingError
-from halfmoon.types import NodeId, Outcome
+from halfmoon.types import BlockHash, NodeId, Outcome
 
 
 class Stay(NamedTuple):
@@ -46,7 +47,7 @@ class Past:
 
     Args:
         at_s: when it was placed or rejected, by the machine's clock. before_s: since its arrival at the front end.
-        taken: it was not rejected on arrival.
+        taken: it was not rejected on arrival; it may have been when its prefill had ended.
         pull_s: what its pull was predicted to take alone.
         fetched_blocks: of a cached prefix, that came from another worker.
         pulled_late_blocks: of the pull, those that came when the prompt was computed and its last chunk announced.
@@ -67,15 +68,18 @@ class Past:
     computed_tokens: int | None
     fetched_blocks: int
     pulled_late_blocks: float
+    output_tokens: int
     terms: Mapping[str, tuple[float | None, float | None]]
 
     @property
-    def met(self) -> bool | None:
-        """Whether it was served within its limits; None: nobody knows (rejected on arrival, or its client left).
+    def rejected(self) -> bool:
+        """On arrival or later."""
+        return self.outcome is Outcome.REJECTED
 
-        One that was taken on and rejected later was not served.
-        """
-        if not self.taken or self.outcome is Outcome.CANCELLED:
+    @property
+    def met(self) -> bool | None:
+        """Whether it was served within its limits; None: nobody knows (it was rejected, or its client left)."""
+        if self.rejected or self.outcome is Outcome.CANCELLED:
             return None
         if self.outcome is not Outcome.FINISHED:
             return False
@@ -102,6 +106,10 @@ class Recorded:
     pasts: list[Past] = field(default_factory=list)
     stays: dict[NodeId, list[Stay]] = field(default_factory=dict)
     loads: dict[NodeId, list[Load]] = field(default_factory=dict)
+    tenancies: dict[NodeId, list[Tenancy]] = field(default_factory=dict)
+    rooms: dict[NodeId, Room] = field(default_factory=dict)
+    names: dict[str, Sequence[BlockHash]] = field(default_factory=dict)
+    """Of each request's full blocks."""
     costs: dict[NodeId, WorkerCost] = field(default_factory=dict)
     unjudged: int = 0
     """Requests that ended before admission was asked: no place in the queue, no worker."""
@@ -142,6 +150,9 @@ def gather(entries: Iterator[Header | Call | Ending]) -> Recorded:
 
 def _hear(run: Recorded, call: Call) -> None:
     event = call.arguments.get("event")
+    if "spec" in call.arguments:
+        spec = call.arguments["spec"]
+        run.names[spec.request_id] = spec.block_hashes
     if isinstance(event, Snapshot):
         _join(run, event.info)
     elif "info" in call.arguments:
@@ -159,6 +170,7 @@ def _hear(run: Recorded, call: Call) -> None:
 
 def _join(run: Recorded, info: NodeInfo) -> None:
     """Hindsight begins with nothing: the recorded run's prior may be what was wrong with it."""
+    run.rooms[info.node_id] = Room(info.num_device_blocks, max(1, info.sequences_max))
     if info.node_id not in run.costs:
         run.costs[info.node_id] = WorkerCost(CostPrior(), tokens_per_pass_max=max(1, info.tokens_per_pass_max))
 
@@ -170,6 +182,8 @@ def _keep(run: Recorded, record: Mapping[str, Any], ended_s: float) -> None:
         run.unjudged += 1
         return
     _keep_stays(run, record, arrived_s)
+    for node, tenancy in tenancies_of(record, arrived_s, run.names.get(record["request_id"], ())):
+        run.tenancies.setdefault(NodeId(node), []).append(tenancy)
     taken = choices[0]["cause"] != "rejected"
     done_s = record["prefill_done_s"]
     given = [c for c in choices if done_s is None or c["at_s"] <= done_s]
@@ -192,6 +206,7 @@ def _keep(run: Recorded, record: Mapping[str, Any], ended_s: float) -> None:
             computed_tokens=stats["computed_tokens"] if stats else None,
             fetched_blocks=stats["hit_tokens_remote"] // run.header.block_size if stats else 0,
             pulled_late_blocks=joined["pulled_blocks"] * (1.0 - joined["overlap"]) if joined else 0.0,
+            output_tokens=record["output_tokens"] or 0,
             terms={name: (term["predicted_s"], term["actual_s"]) for name, term in record["terms"].items()},
         )
     )

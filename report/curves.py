@@ -65,7 +65,7 @@ class Sketch:
     ttft: Cumulative = field(default_factory=Cumulative)
     tbt_worst: Cumulative = field(default_factory=Cumulative)
     ttft_error: Cumulative = field(default_factory=Cumulative)
-    tbt_error: Cumulative = field(default_factory=Cumulative)
+    step_error: Cumulative = field(default_factory=Cumulative)
     loads: Loads = field(default_factory=Loads)
     command: str = ""
 
@@ -88,7 +88,7 @@ def sketch(run: Run, *, label: str = "", command: str = "") -> Sketch:
         ttft=cumulative(row.ttft_s for row in rows),
         tbt_worst=cumulative(row.tbt_worst_s for row in rows),
         ttft_error=cumulative(_difference(row.predicted_ttft_s, row.ttft_s) for row in rows),
-        tbt_error=cumulative(_difference(row.predicted_tbt_s, row.tbt_worst_s) for row in rows),
+        step_error=cumulative(_difference(row.predicted_tbt_s, row.tbt_p50_s) for row in rows),
         loads=loads(run.samples),
         command=command,
     )

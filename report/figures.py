@@ -184,11 +184,11 @@ def stacked(
 
 
 def errors(sketches: Sequence[Sketch], which: str) -> Figure | None:
-    """Cumulative curves of predicted minus actual; `which` is "ttft" (s) or "tbt" (ms).
+    """Cumulative curves of predicted minus actual; `which` is "ttft" (s) or "step" (ms).
 
     The axis leaves out the outermost 1 % on either side: a few requests of a crash would flatten all others.
     """
-    scale, unit = (1.0, "s") if which == "ttft" else (1e3, "ms")
+    scale, unit, what = (1.0, "s", "TTFT") if which == "ttft" else (1e3, "ms", "decode step")
     curves = [(sketch.label, getattr(sketch, f"{which}_error")) for sketch in sketches]
     data = [
         _line(name, [v * scale for v in curve.values], [s * 100 for s in curve.shares], SERIES[i % len(SERIES)])
@@ -204,7 +204,7 @@ def errors(sketches: Sequence[Sketch], which: str) -> Figure | None:
     low, high = min(0.0, *(low for low, _ in inner)) * scale, max(0.0, *(high for _, high in inner)) * scale
     margin = 0.05 * (high - low) or 1.0
     return figure(
-        data, x=f"{which.upper()} predicted − actual, {unit}", y="requests at or below, %", yaxis={"range": [0, 103]},
+        data, x=f"{what} predicted − actual, {unit}", y="requests at or below, %", yaxis={"range": [0, 103]},
         xaxis={"range": [low - margin, high + margin]}, shapes=[shape], annotations=[note],
     )  # fmt: skip
 

@@ -106,7 +106,7 @@ def run_page(sketch: Sketch, shared: str = "") -> str:
         "Predictions",
         "Right of zero: predicted higher than it was. The outermost hundredth on either side is not shown.",
         ("Time to first token", figures.errors([sketch], "ttft"), "No prediction met its outcome."),
-        ("Time between tokens", figures.errors([sketch], "tbt"), "No prediction met its outcome."),
+        ("Decode step, against the median gap", figures.errors([sketch], "step"), "No prediction met its outcome."),
     )
     page.add(f"<div class='grid'>{_residuals(sketch.residuals)}{_counters(sketch.counters)}</div>")
     page.add(f"<section><h2>All figures</h2>{_figures_grid(sketch)}</section>")

@@ -79,7 +79,7 @@ def _cache(figures: Statistics) -> Iterator[Line]:
 
 def _errors(figures: Statistics) -> Iterator[Line]:
     group = "Prediction error"
-    named = (("TTFT", "s", figures.ttft_error, 1.0, 2), ("TBT", "ms", figures.tbt_error, 1e3, 1))
+    named = (("TTFT", "s", figures.ttft_error, 1.0, 2), ("decode step", "ms", figures.step_error, 1e3, 1))
     for name, unit, error, scale, places in named:
         yield Line(group, f"{name}, bias", unit, signed(None if error is None else error.bias_s * scale, places))
         yield Line(group, f"{name}, mean size", unit, of(error, "mean_s", scale, places))

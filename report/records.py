@@ -21,7 +21,8 @@ class RequestRow:
         reason: the rejection's or failure's one word, as clients see it.
         ttft_s: from arrival to the first token.
         tbt_worst_s: mean of the worst 10 % of the gaps between tokens (FAST'25); `tbt_p50_s`, `tbt_max_s` beside it.
-        predicted_ttft_s, predicted_tbt_s: of the placement that gave the first token.
+        predicted_ttft_s, predicted_tbt_s: of the placement that gave the first token. The latter is one decode step
+            with what a prefill pass adds to it: a usual gap, not the worst tenth.
         hit_tokens_device, hit_tokens_dram, hit_tokens_remote: prompt tokens that were found and not computed.
         prefill_s: seconds of prefill workers spent on it, over all attempts: wasted, unless it met its limits.
     """
@@ -66,7 +67,7 @@ class LoadSample:
 
     Args:
         prefill_queue_s: seconds of work that wait or run, mean over the prefill workers.
-        prefill_load, decode_load: as the admission policies define load; 1 is the limit.
+        prefill_load, decode_load: see conductor.oscillation.pool_loads; 1 is the limit.
         decode_kv_tokens: tokens of KV of running sequences, over all decode workers.
         decode_free_blocks: that each decode worker could still give away, always in the same order; empty: not told.
     """

@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from halfmoon.types import Outcome
+from report.pearson import correlation
 from report.records import LoadSample, RequestRow, Run
 
 QUINTILES = 5
@@ -123,6 +124,7 @@ class Statistics:
             rejected after prefill among them.
         tbt_worst: over requests, of the mean of the worst 10 % of their gaps; `tbt_p50`, `tbt_max`: of their median
             and of their longest gap.
+        step_error: of the predicted decode step, against the median gap. Nobody predicts `tbt_worst`.
     """
 
     requests: int
@@ -142,7 +144,7 @@ class Statistics:
     failures: dict[str, int]
     hits: HitRates | None
     ttft_error: PredictionError | None
-    tbt_error: PredictionError | None
+    step_error: PredictionError | None
     quintiles: tuple[Quintile, ...]
     oscillation: Oscillation | None
     attempts: int
@@ -182,7 +184,7 @@ def statistics(run: Run) -> Statistics:
         failures=dict(sorted(Counter(r.reason or "unnamed" for r in rows if r.outcome is Outcome.FAILED).items())),
         hits=hit_rates(rows),
         ttft_error=prediction_error((row.predicted_ttft_s, row.ttft_s) for row in rows),
-        tbt_error=prediction_error((row.predicted_tbt_s, row.tbt_worst_s) for row in rows),
+        step_error=prediction_error((row.predicted_tbt_s, row.tbt_p50_s) for row in rows),
         quintiles=quintiles(rows),
         oscillation=oscillation(rows, run.samples),
         attempts=sum(row.attempts for row in rows),
@@ -281,12 +283,3 @@ def oscillation(rows: Sequence[RequestRow], samples: Sequence[LoadSample]) -> Os
         filled_std=float(kv[filled:].std()),
         correlation=correlation([s.prefill_load for s in within], [s.decode_load for s in within]),
     )
-
-
-def correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Pearson's, in [-1, 1]; None where one of the two never changes."""
-    a, b = np.array(first, dtype=float), np.array(second, dtype=float)
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    a, b = a - a.mean(), b - b.mean()
-    return float(np.clip((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()), -1.0, 1.0))

@@ -28,7 +28,7 @@ def run_tables(sketch: Sketch) -> Iterator[Table | Text]:
     yield Text(sketch.title, style="bold")
     yield _outcomes(sketch)
     yield _latencies(sketch)
-    if figures.ttft_error is not None or figures.tbt_error is not None:
+    if figures.ttft_error is not None or figures.step_error is not None:
         yield _errors(figures)
     yield _rejections(figures)
     if figures.quintiles:
@@ -178,7 +178,7 @@ def _errors(figures: Statistics) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, error, scale, places in (
         ("TTFT, s", figures.ttft_error, 1.0, 2),
-        ("TBT ms, worst tenth", figures.tbt_error, 1e3, 1),
+        ("decode step, ms (median gap)", figures.step_error, 1e3, 1),
     ):
         if error is not None:
             sizes = (of(error, field, scale, places) for field in ("mean_s", "p90_s"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from conductor.effects import RequestSpec, Slo
 from conductor.machine import ConductorMachine
+from conductor.oscillation import pool_loads
 from core.messages import NodeInfo
 from coupled_worker.machine import CoupledConfig, CoupledMachine
 from decode_worker.machine import DecodeConfig, DecodeMachine
@@ -348,25 +349,18 @@ class Simulation:
 def sample_of(cluster: Cluster, config: SimConfig, now_s: float, began_s: float) -> LoadSample:
     """Both pools now. Queues and loads are what the conductor believes; KV is what is there.
 
-    prefill_load: the mean queue over the TTFT limit. decode_load: the mean over decode workers of the larger of the
-    step's predicted time over the TBT limit and the booked blocks over the pool: what admission looks at, without a
-    request to judge. (conductor.oscillation measures the decode pool's room alone, and by what was reported.)
+    The loads are conductor.oscillation.pool_loads, as a running conductor's metrics have them.
     """
     cluster.settle()
     view = cluster.machine.workers()
     queues = [w.queue_s(now_s) for w in view if w.prefills]
-    loads = []
-    for worker in (w for w in view if w.decodes):
-        step_s = worker.cost.decode_step_s(worker.batch, worker.kv_tokens).seconds
-        tbt_load = step_s / config.slo_tbt_s if config.slo_tbt_s else 0.0
-        loads.append(max(tbt_load, worker.decode_blocks / worker.num_blocks))
     decoding = [node.machine.decoding() for node in cluster.peers.nodes.values() if node.alive]
-    queue_s = _mean(queues)
+    loads = pool_loads(view, Slo(ttft_s=config.slo_ttft_s, tbt_s=config.slo_tbt_s), now_s)
     return LoadSample(
         at_s=now_s - began_s,
-        prefill_queue_s=queue_s,
-        prefill_load=queue_s / config.slo_ttft_s if config.slo_ttft_s else 0.0,
-        decode_load=_mean(loads),
+        prefill_queue_s=sum(queues) / len(queues) if queues else 0.0,
+        prefill_load=loads.prefill,
+        decode_load=loads.decode,
         decode_kv_tokens=sum(tokens for _, tokens in decoding),
         decode_sequences=sum(count for count, _ in decoding),
         decode_free_blocks=tuple(
@@ -381,10 +375,6 @@ def _free_blocks(node: Node) -> int:
         return 0
     kept = node.machine.spare_slots() if isinstance(node.machine, DecodeMachine) else 0
     return max(0, node.cache.available(Tier.DEVICE) - kept)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def _arrivals(

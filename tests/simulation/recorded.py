@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from conductor.admission import Admission, Case, Verdict
 from conductor.admission_config import AdmissionConfig, Mode, Reserve
+from conductor.admission_policies import Baseline, Early, Forecast, Predictive
 from conductor.config import ConductorConfig, Fit
 from conductor.desk import Layout
 from conductor.effects import Effect, RequestSpec, Slo
@@ -27,6 +29,21 @@ OVER = 10.0
 OVERBOOKED = partial(Misbooked, factor=OVER)
 GROUPS = 24
 BASELINE = AdmissionConfig(baseline=Mode.ENFORCE, early=Mode.OFF, forecast=Mode.OFF, reserve=Reserve.WITH, defer=False)
+
+
+EARLY = AdmissionConfig(baseline=Mode.OFF, early=Mode.ENFORCE, forecast=Mode.OFF, reserve=Reserve.AFTER, defer=False)
+
+
+class Letting(Admission):
+    """Lets those in that come without limits, wherever room may be short."""
+
+    def __init__(self, config: AdmissionConfig) -> None:
+        known = (("baseline", Baseline()), ("early", Early()), ("predictive", Predictive()), ("forecast", Forecast()))
+        super().__init__([(policy, getattr(config, name)) for name, policy in known], config)
+
+    def judge(self, case: Case) -> tuple[Verdict, ...]:
+        verdicts = super().judge(case)
+        return tuple(replace(v, accept=True) for v in verdicts) if case.slo == Slo() else verdicts
 
 
 class Lenient(TapedMachine):
@@ -55,13 +72,21 @@ def trace(count: int, rate: float, seed: int = 1) -> Trace:
 
 
 def recorded(
-    wrong: str, *, count: int = 400, rate: float = 6.0, take: frozenset[str] = frozenset(), **settings: Any
+    wrong: str,
+    *,
+    count: int = 400,
+    rate: float = 6.0,
+    take: frozenset[str] = frozenset(),
+    admission: AdmissionConfig = BASELINE,
+    decode_blocks: int = 0,
+    **settings: Any,
 ) -> tuple[list[str], Run]:
     """The lines of a recorded run, and what really happened.
 
     Args:
         wrong: the cost that is over-estimated: prefill, transfer, decode, queue; empty: none.
         take: requests that are taken on whatever admission says.
+        decode_blocks: of a decode worker's pool; 0: the preset's.
     """
     lines: list[str] = []
 
@@ -78,10 +103,11 @@ def recorded(
         machine = Lenient(
             write=write,
             version="0.1.0",
-            config=replace(config.conductor, slo=slo, prior=prior, admission=BASELINE),
+            config=replace(config.conductor, slo=slo, prior=prior, admission=admission),
             layout=Layout(block_size=hardware.block_tokens, block_bytes=hardware.block_bytes),
             conductor_id="simulated",
             fingerprint=fingerprint,
+            admission=Letting(admission),
             make_worker=OVERBOOKED if wrong == "queue" else Worker,
         )
         machine.take = take
@@ -95,8 +121,9 @@ def recorded(
         "jitter_s": 0.0,
         **settings,
     }
+    hardware = load_hardware("a800-llama-70b")
     config = SimConfig(
-        hardware=load_hardware("a800-llama-70b"),
+        hardware=replace(hardware, decode_blocks=decode_blocks or hardware.decode_blocks),
         belief_bias=0.0,
         conductor=ConductorConfig(fit=Fit.FROZEN, records_max=100_000),
         **given,

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.text import Text
 
+from cli.judged import judged as judged_as
 from cli.main import main
 from conductor.counterfactual import Counterfactual, counterfactual
+from conductor.hindsight import Hindsight, Sureness
 from conductor.past import Recorded, gather
 from conductor.recording import read
 from conductor.replay import machine_of, rejudged, replay
 from halfmoon.errors import RecordingError
+from halfmoon.types import Outcome
 from report.records import RequestRow, Run
-from tests.simulation.recorded import OVER, OVERBOOKED, recorded
+from tests.simulation.recorded import EARLY, OVER, OVERBOOKED, recorded
 
 COUNT, RATE = 120, 12.0
 TTFT_S, TBT_S = 2.0, 0.1
+LIMITS_S = (0.5, 0.6, 0.8)
 
 
 @cache
@@ -35,7 +43,7 @@ def test_the_cost_that_was_over_estimated_is_named(wrong: str) -> None:
     factors = {error.term: error.factor for error in result.blame.terms}
     assert result.blame.worst == wrong
     assert 0.5 * OVER < (factors[wrong] or 0.0) < 1.2 * OVER
-    assert all(factor is None or factor < OVER / 3 for term, factor in factors.items() if term != wrong)
+    assert all(factor is not None and factor < 1.7 for term, factor in factors.items() if term != wrong)
 
 
 def test_a_wrong_prefill_cost_makes_queues_look_long_and_the_queue_is_not_blamed_for_it() -> None:
@@ -43,41 +51,87 @@ def test_a_wrong_prefill_cost_makes_queues_look_long_and_the_queue_is_not_blamed
     queue = next(error for error in result.blame.terms if error.term == "queue")
     assert queue.predicted_s > 5.0 * queue.actual_s
     assert queue.factor is not None
-    assert queue.factor < OVER / 3
+    assert queue.factor < 1.5  # what passed while a prefix was fetched is no wait
 
 
 def test_right_beliefs_reject_nobody_and_nothing_is_to_blame() -> None:
     _, run, _, result = run_of("")
     assert all(row.effective for row in run.requests)
     assert [(p.policy, p.rejected, p.false_acceptances) for p in result.policies] == [("baseline", 0, 0)]
-    assert all(error.factor is not None and error.factor < 2.0 for error in result.blame.terms)
+    assert all(error.factor is not None and error.factor < 1.8 for error in result.blame.terms)
 
 
 # ---- who was rejected wrongly ----
 
 
 def kept(row: RequestRow, ttft_s: float) -> bool:
-    assert row.ttft_s is not None
-    return row.ttft_s <= ttft_s and (row.tbt_worst_s or 0.0) <= TBT_S
+    finished = row.outcome is Outcome.FINISHED and row.ttft_s is not None
+    return finished and (row.ttft_s or 0.0) <= ttft_s and (row.tbt_worst_s or 0.0) <= TBT_S
 
 
-@pytest.mark.parametrize(("ttft_s", "every"), [(TTFT_S, 16), (0.6, 13)])
-def test_false_rejections_are_found_and_true_ones_are_not_called_false(ttft_s: float, every: int) -> None:
-    """The truth: the whole run again, with that one request taken on."""
-    _, _, past, result = run_of("prefill", ttft_s)
-    rejected = [p.request_id for p in past.pasts if not p.taken]
-    assert len(rejected) >= 20
-    real = set()
-    for request_id in (asked := rejected[::every]):
+def taken_on(request_ids: Sequence[str], ttft_s: float, wrong: str, **settings: Any) -> dict[str, RequestRow]:
+    """The truth about rejected requests: the whole run again, each time with that one taken on."""
+    rows = {}
+    for request_id in request_ids:
         _, again = recorded(
-            "prefill", count=COUNT, rate=RATE, slo_ttft_s=ttft_s, slo_tbt_s=TBT_S, take=frozenset({request_id})
+            wrong, count=COUNT, rate=RATE, slo_ttft_s=ttft_s, slo_tbt_s=TBT_S, take=frozenset({request_id}), **settings
         )
-        if kept(next(row for row in again.requests if row.request_id == request_id), ttft_s):
-            real.add(request_id)
-    found = set(result.false_rejected) & set(asked)
-    assert len(found & real) >= 0.9 * len(real)
-    assert found <= real
-    assert result.sureness.right >= 0.95 * result.sureness.checked
+        rows[request_id] = next(row for row in again.requests if row.request_id == request_id)
+    return rows
+
+
+def test_false_rejections_are_found_and_true_ones_are_not_called_false() -> None:
+    """All of them are asked. With these limits the wrong cost refuses the same requests: one truth serves all."""
+    rows = taken_on([p.request_id for p in run_of("prefill", LIMITS_S[0])[2].pasts if p.rejected], 0.6, "prefill")
+    said: Counter[tuple[bool | None, bool]] = Counter()
+    for ttft_s in LIMITS_S:
+        _, _, past, result = run_of("prefill", ttft_s)
+        hindsight = Hindsight(past)
+        rejected = [p for p in past.pasts if p.rejected]
+        assert [p.request_id for p in rejected] == list(rows)
+        assert result.sureness.right >= 0.95 * result.sureness.checked
+        for p in rejected:
+            said[hindsight.truth(p).met, kept(rows[p.request_id], ttft_s)] += 1
+        assert set(result.false_rejected) == {p.request_id for p in rejected if hindsight.truth(p).met}
+    false = sum(count for (_, real), count in said.items() if real)
+    assert false >= 60
+    assert said.total() - false >= 15
+    assert said[True, True] >= 0.9 * false  # found
+    assert said[True, True] >= 0.95 * (said[True, True] + said[True, False])  # and hardly another one with them
+    assert said[False, True] == 0
+    assert said[False, False] >= 0.7 * (said.total() - false)
+
+
+def test_rejections_for_want_of_decode_room_are_judged_by_the_room_that_there_was() -> None:
+    lines, run = recorded(
+        "", count=COUNT, rate=RATE, slo_ttft_s=3.0, slo_tbt_s=TBT_S, admission=EARLY, decode_blocks=60
+    )
+    assert {row.reason.removesuffix(" at decode") for row in run.requests if row.reason} == {"decode_room"}
+    past = gather(read(lines))
+    hindsight = Hindsight(past)
+    asked = [p for p in past.pasts if p.rejected][::2]
+    truth = taken_on([p.request_id for p in asked], 3.0, "", admission=EARLY, decode_blocks=60)
+    said = {p.request_id: hindsight.truth(p).met for p in asked}
+    found = {name for name, met in said.items() if met}
+    real = {name for name, row in truth.items() if kept(row, 3.0)}
+    assert 5 <= len(real) < len(asked)
+    assert len(found & real) >= 0.6 * len(real)  # the rest had no room at once, and is open
+    assert len(found - real) <= 1
+    assert not {name for name, met in said.items() if met is False} & real
+
+
+def test_what_is_reckoned_is_not_said_where_it_is_wrong_about_the_requests_that_were_served() -> None:
+    def sureness(checked: int, right: int) -> Sureness:
+        return Sureness(checked=checked, right=right, ttft_margin_s=0.0, tbt_margin_s=0.0)
+
+    assert [sureness(*s).enough for s in ((10, 9), (100, 89), (9, 9), (0, 0))] == [True, False, False, False]
+    _, _, past, result = run_of("prefill", 0.6)
+    hindsight = Hindsight(past)
+    hindsight.sureness = sureness(6, 3)
+    assert {hindsight.truth(p) for p in past.pasts if p.rejected} == {(None, False)}
+    shown = judged_as(replace(result, sureness=hindsight.sureness))
+    text = " ".join(one.plain for one in shown if isinstance(one, Text)).replace("\n", " ")
+    assert "3 of 6 requests served come out as they did; 90 % of at least 10 must" in text
 
 
 def test_acceptances_that_missed_are_what_was_seen() -> None:

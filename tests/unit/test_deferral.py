@@ -320,8 +320,13 @@ def test_the_loads_are_sampled_every_second_whatever_the_ticks() -> None:
     play.request(spec("a", tokens=prompt(990)))
     for _ in range(10):
         play.wait(0.05)
-    now = pool_loads(play.machine._desk.view, 16, 10.0, play.now_s)
-    assert now == PoolLoads(prefill=pytest.approx(0.051), decode=0.25)  # half of its second has gone; 4,000 of 16,000
+    slo = Slo(ttft_s=10.0, tbt_s=0.1)
+    now = pool_loads(play.machine.workers(), slo, play.now_s)
+    worker = next(w for w in play.machine.workers() if w.decodes)
+    step_s = worker.cost.decode_step_s(worker.batch, worker.kv_tokens).seconds
+    assert now.prefill == pytest.approx(0.051)  # half of its second has gone
+    assert now.decode == step_s / 0.1 > worker.decode_blocks / worker.num_blocks > 0.0
+    assert pool_loads(play.machine.workers(), Slo(), play.now_s) == (0.0, worker.decode_blocks / worker.num_blocks)
     assert play.machine.status().oscillation.samples == 1
     play.wait(1.0)
     assert play.machine.oscillation().samples == 2

@@ -8,12 +8,12 @@ import pytest
 
 from halfmoon.types import Outcome
 from report.curves import BINS_MAX, POINTS_MAX, cumulative, loads, rejected_by_stage, sketch
+from report.pearson import correlation
 from report.statistics import (
     Distribution,
     HitRates,
     PredictionError,
     Rejections,
-    correlation,
     distribution,
     hit_rates,
     oscillation,
@@ -137,6 +137,7 @@ def test_the_ramp_from_an_empty_pool_is_told_apart() -> None:
 
 
 def test_a_load_that_never_changes_correlates_with_nothing() -> None:
+    assert correlation([], []) is None
     assert correlation([1, 1, 1], [1, 2, 3]) is None
     assert correlation([0, 1, 2], [5, 7, 9]) == pytest.approx(1.0)
 

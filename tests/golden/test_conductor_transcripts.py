@@ -202,6 +202,30 @@ def early() -> str:
     return tell.text()
 
 
+def predictive() -> str:
+    """The decode pool as it will be when this prefill ends: b's ends before, so c is refused; `early` would take it.
+
+    The pool's mean lets e in; the worker that is left when its prefill has ended has no room.
+    """
+    tell = small("predictive", 6)
+    play = tell.play
+    tell("request a, 40 tokens", play.request(spec("a")))
+    tell("p0 prefilled a#1", play.prefilled("p0", "a#1"))
+    tell("d0 reserved a#1", play.reserved("d0", "a#1"))
+    tell("d0 joined a#1", play.joined("d0", "a#1"))
+    tell("request b, 40 tokens", play.request(spec("b")))
+    tell("request c, 40 tokens", play.request(spec("c")))
+    tell("  c's verdicts", verdicts(play, "c"))
+    tell("p0 prefilled b#1", play.prefilled("p0", "b#1"))
+    tell("d0 reserved b#1", play.reserved("d0", "b#1"))
+    tell("d1 joins, as small", play.join("d1", num_device_blocks=6))
+    tell("request e, 50 tokens", play.request(spec("e", tokens=prompt(50, seed=1))))
+    tell("d1 dies", play.lose("d1"))
+    tell("p0 prefilled e#1", play.prefilled("p0", "e#1"))
+    tell("  e's verdicts", verdicts(play, "e"))
+    return tell.text()
+
+
 def deferral() -> str:
     """Who finds no room waits, the higher class first, and no longer than its TTFT limit allows."""
     tell = small("forecast", 4)
@@ -250,6 +274,7 @@ def forecast() -> str:
 SCENES: dict[str, Callable[[], str]] = {
     "baseline": baseline,
     "early": early,
+    "predictive": predictive,
     "deferral": deferral,
     "forecast": forecast,
     "life": life,

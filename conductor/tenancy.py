@@ -87,16 +87,22 @@ class Tenants:
         first = bisect_left(self._all, at_s - self._longest_s, key=_begun_s)
         last = bisect_right(self._all, at_s, key=_begun_s)
         there = [t for t in self._all[first:last] if t.ended_s > at_s and t.request_id != one.request_id]
-        wait_s = next(s for s in sorted({0.0, *(t.ended_s - at_s for t in there)}) if self._fits(there, one, s, 1))
-        ends = [t.ended_s for t in there if at_s + wait_s < t.ended_s < one.ended_s + wait_s]
-        moments = [life_s, *(end_s - at_s - wait_s - 1e-9 for end_s in ends)]
-        lasting = all(self._fits(there, one, wait_s, 0, age_s) for age_s in moments)
-        return Found(wait_s, lasting)
+        if self._most(there, one) <= self._room.blocks and len(there) < self._room.sequences:
+            return Found(0.0, True)  # the usual case, told quickly
+        begin_s = next(s for s in sorted({at_s, *(t.ended_s for t in there)}) if self._fits(there, one, s, spare=1))
+        ends = [t.ended_s for t in there if begin_s < t.ended_s < begin_s + life_s]
+        ages = [life_s, *(end_s - begin_s - 1e-9 for end_s in ends)]
+        return Found(begin_s - at_s, all(self._fits(there, one, begin_s, spare=0, age_s=age_s) for age_s in ages))
 
-    def _fits(self, there: Sequence[Tenancy], one: Tenancy, wait_s: float, spare: int, age_s: float = 0.0) -> bool:
-        """Whether all fit, the one being `age_s` old: with `spare` blocks left for each of the others, which is asked
-        when somebody joins (decode_worker.room). An empty worker has room: one too small for it was no candidate."""
-        at_s = one.begun_s + wait_s + age_s
+    def _most(self, there: Sequence[Tenancy], one: Tenancy) -> int:
+        """Blocks, if everybody came to full length at once and shared nothing, and each had its spare one."""
+        return sum((t.tokens + t.output_tokens) // self._size + 2 for t in (*there, one))
+
+    def _fits(self, there: Sequence[Tenancy], one: Tenancy, begin_s: float, *, spare: int, age_s: float = 0.0) -> bool:
+        """Whether all fit, the one having begun then and being `age_s` old: with `spare` blocks left for each of the
+        others, which is asked when somebody joins (decode_worker.room). An empty worker has room: one too small for it
+        was no candidate."""
+        at_s = begin_s + age_s
         here = [t for t in there if t.ended_s > at_s]
         if not here:
             return True

@@ -115,7 +115,7 @@ def test_rejections_for_want_of_decode_room_are_judged_by_the_room_that_there_wa
     found = {name for name, met in said.items() if met}
     real = {name for name, row in truth.items() if kept(row, 3.0)}
     assert 5 <= len(real) < len(asked)
-    assert len(found & real) >= 0.6 * len(real)  # the rest had no room at once, and is open
+    assert len(found & real) >= 0.5 * len(real)  # the rest had no room at once, and is open
     assert len(found - real) <= 1
     assert not {name for name, met in said.items() if met is False} & real
 

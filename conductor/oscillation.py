@@ -42,7 +42,7 @@ def pool_loads(workers: Iterable[Worker], slo: Slo, now_s: float) -> PoolLoads:
 
     Prefill: the mean queue over the TTFT limit. Decode: the mean over its workers of the larger of the predicted step
     over the TBT limit, and the booked blocks over the pool. A limit that there is not is none of the load; a coupled
-    worker is part of both pools, and an empty pool has no load.
+    worker is part of both pools, and an empty pool has no load. Asking changes no decision.
     """
     queues: list[float] = []
     loads: list[float] = []
@@ -50,7 +50,7 @@ def pool_loads(workers: Iterable[Worker], slo: Slo, now_s: float) -> PoolLoads:
         if worker.prefills:
             queues.append(worker.queue_s(now_s) / slo.ttft_s if slo.ttft_s else 0.0)
         if worker.decodes:
-            step_s = worker.cost.decode_seconds(worker.batch, worker.kv_tokens)
+            step_s = worker.cost.decode_seconds_watched(worker.batch, worker.kv_tokens)
             loads.append(max(step_s / slo.tbt_s if slo.tbt_s else 0.0, worker.decode_blocks / worker.num_blocks))
     return PoolLoads(_mean(queues), _mean(loads))
 

@@ -135,6 +135,11 @@ class WorkerCost:
         a, b, c = self._decode.coefficients
         return a + b * batch + c * kv_tokens
 
+    def decode_seconds_watched(self, batch: int, kv_tokens: int) -> float:
+        """The same by the last solution: for metrics and samples, which must not change a decision by asking."""
+        a, b, c = self._decode.solved
+        return a + b * batch + c * kv_tokens if batch > 0 else 0.0
+
     def decode_known(self, batch: int, kv_tokens: int) -> bool:
         if batch <= 0:
             return True

@@ -170,6 +170,11 @@ class LinearFit:
             self._solve()
         return self._coefficients
 
+    @property
+    def solved(self) -> tuple[float, ...]:
+        """The last solution, for those who only watch: `coefficients` may solve, and so change what is said next."""
+        return self._coefficients
+
     def predict(self, features: Sequence[float]) -> float:
         return sum([c * x for c, x in zip(self.coefficients, features, strict=True)])
 

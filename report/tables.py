@@ -178,7 +178,7 @@ def _errors(figures: Statistics) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name, error, scale, places in (
         ("TTFT, s", figures.ttft_error, 1.0, 2),
-        ("decode step, ms (median gap)", figures.step_error, 1e3, 1),
+        ("step ms, by median gap", figures.step_error, 1e3, 1),
     ):
         if error is not None:
             sizes = (of(error, field, scale, places) for field in ("mean_s", "p90_s"))

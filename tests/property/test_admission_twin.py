@@ -10,7 +10,7 @@ import math
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conductor.admission import Case, Flight, Stage
@@ -29,6 +29,12 @@ BLOCK = 16
 P0, D0 = NodeId("p0"), NodeId("d0")
 SLO = Slo(ttft_s=5.0, tbt_s=0.1)
 
+
+def tenths(least: int, most: int) -> st.SearchStrategy[float]:
+    """Seconds, spread evenly, which floats are not."""
+    return st.integers(least, most).map(lambda number: number / 10)
+
+
 FLIGHTS = st.lists(
     st.builds(
         Flight,
@@ -36,10 +42,11 @@ FLIGHTS = st.lists(
         tokens=st.integers(100, 4000),
         emitted=st.sampled_from([0, 0, 7, 60]),
         output_max=st.integers(64, 2000),
-        prefill_left_s=st.one_of(st.just(0.0), st.floats(0.01, 4.0)),
-        decoding_for_s=st.one_of(st.none(), st.floats(0.0, 20.0)),
+        prefill_left_s=st.one_of(st.just(0.0), tenths(1, 40), tenths(1, 40)),
+        decoding_for_s=st.one_of(st.none(), tenths(0, 120)),
         share=st.just(1.0),
     ).map(lambda f: f._replace(decoding_for_s=None) if f.prefill_left_s else f),
+    min_size=1,
     max_size=7,
 )
 
@@ -91,10 +98,11 @@ def then(flight: Flight, at_s: float, decode_s: float | None, step_s: float) -> 
     return None if ended else flight.tokens + flight.decoding_for_s / step_s
 
 
+@settings(max_examples=300, deadline=None)
 @given(
     flights=FLIGHTS,
-    ttft_s=st.floats(0.05, 6.0),
-    decode_s=st.one_of(st.none(), st.floats(0.5, 30.0)),
+    ttft_s=tenths(1, 60),
+    decode_s=st.one_of(st.none(), tenths(20, 140), tenths(20, 140)),
     workers=st.integers(1, 5),
 )
 def test_predictive_spreads_evenly_who_decodes_when_the_prefill_ends(
@@ -141,9 +149,10 @@ def expected(asked: Case, flights: list[Flight], at_s: float) -> tuple[float, fl
     return mean + margin + own * (asked.tokens + own_more + spare), batch + own
 
 
+@settings(max_examples=300, deadline=None)
 @given(
     flights=FLIGHTS,
-    ttft_s=st.floats(0.05, 3.0),
+    ttft_s=tenths(1, 20),
     outputs=st.one_of(st.just([]), st.lists(st.integers(1, 600), min_size=20, max_size=40)),
 )
 def test_forecast_expects_what_all_the_ways_to_end_come_to(

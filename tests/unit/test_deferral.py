@@ -14,7 +14,7 @@ from conductor.attempts import Phase
 from conductor.effects import Slo
 from conductor.oscillation import Oscillation, PoolLoads, Swing, pool_loads
 from conductor.survival import EDGES, OutputLengths
-from core.messages import LoadReport
+from core.messages import LoadReport, PassSample
 from halfmoon.types import RequestId
 from tests.conductor_kit import Play, attempt_of, prompt, spec
 
@@ -337,3 +337,16 @@ def test_a_report_beyond_all_bounds_is_no_load() -> None:
     play.say("d0", LoadReport(kv_tokens=-5))
     play.wait(2.0)
     assert play.machine.oscillation().now.decode == 0.0
+
+
+def test_watching_the_loads_changes_no_prediction() -> None:
+    watched, alone = Play("p0 d0"), Play("p0 d0")
+    for play in (watched, alone):
+        for number in range(200):
+            sample = PassSample(new_tokens=0, context_tokens=0, batch=1 + number % 7, kv_tokens=900, seconds=0.02)
+            play.load("d0", passes=(sample,))
+            if play is watched:
+                pool_loads(play.machine.workers(), Slo(ttft_s=1.0, tbt_s=0.1), play.now_s)
+    costs = [next(w.cost for w in play.machine.workers() if w.decodes) for play in (watched, alone)]
+    assert costs[0].decode_seconds_watched(5, 900) == costs[1].decode_seconds_watched(5, 900)
+    assert costs[0].decode_seconds(5, 900) == costs[1].decode_seconds(5, 900)

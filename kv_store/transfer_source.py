@@ -22,6 +22,10 @@ from kv_store.transfer_grants import GrantBook
 from kv_store.transfer_serves import Serve, ServeKey, SourceSession
 from kv_store.transfer_values import CopyPins, SessionId, TransferLimits
 
+UNNOTICED_SENDS = 2
+"""Times the credits of a pair: the peer has a batch, and gives its next credit, before this side is told that its send
+is over. A busy process may be told of all of them late."""
+
 
 class Source:
     """The pulls out of one node. Every public method may emit effects; none blocks."""
@@ -269,7 +273,7 @@ class Source:
             self.counts["messages_stray"] += 1  # the sink's receive ends with its timeout or with our abort
             return
         held = [serve.held.get(index) for index in message.indices]
-        over = session.num_sending >= self._limits.batches_per_session_max
+        over = session.num_sending >= UNNOTICED_SENDS * self._limits.batches_per_session_max
         if over or (session.session, message.batch) in self._transmits or not held:
             self._give_up(serve, "more GO credits than agreed", now_s)
             return

@@ -402,6 +402,18 @@ def test_a_go_beyond_the_credits_or_for_what_is_not_granted_ends_the_pull() -> N
     assert told(wrong) == [Abort(transfer_id=T1, reason="GO for block 1, which is not granted")]
 
 
+def test_a_source_that_learns_late_that_its_sends_are_over_takes_the_next_credits() -> None:
+    """The sink has two batches at most outstanding; it has these, and says so, before their senders' threads do."""
+    machine, _ = source(0, 1, 2, 3, 4)
+    machine.on_message(PEER, pull(0, 1, 2, 3, 4), 0.0)
+    for batch in range(4):
+        (sending,) = machine.on_message(PEER, Go(transfer_id=T1, batch=batch, group=1, indices=(batch,)), 0.1)
+        assert isinstance(sending, Transmit)
+        assert told(machine.on_message(PEER, Ack(transfer_id=T1, indices=(batch,)), 0.1)) == []
+    flood = machine.on_message(PEER, Go(transfer_id=T1, batch=4, group=1, indices=(4,)), 0.1)
+    assert told(flood) == [Abort(transfer_id=T1, reason="more GO credits than agreed")]
+
+
 def test_a_slot_granted_twice_is_free_after_the_second_acknowledgement() -> None:
     machine, shelf = source(4)
     other = SessionId(machine.next_session())

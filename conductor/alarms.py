@@ -29,9 +29,6 @@ class Alarms:
     def __len__(self) -> int:
         return len(self._heap)
 
-    def __contains__(self, alarm: Alarm) -> bool:
-        return alarm in self._heap
-
     def set(self, alarm: Alarm) -> None:
         heapq.heappush(self._heap, alarm)
 

@@ -114,10 +114,6 @@ class WaitingRoom:
         self.unclaim(request_id)
         return True
 
-    def line_of(self, request_id: RequestId) -> Line:
-        """Of one who waits."""
-        return self._places[request_id][0]
-
     def stands(self, line: Line) -> bool:
         """Whether somebody stands in this line."""
         return line in self._lines

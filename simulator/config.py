@@ -55,7 +55,6 @@ class SimConfig:
         eviction: which cached blocks leave first, on every node: one of EVICTIONS.
         conductor: the machine's own settings; its SLOs and prior are set from this.
         report_interval_s: between load reports; a node's own default is 0.25.
-        records: how many decision records are kept; 0: conductor.records_max of them.
         faults: what goes wrong.
 
     Raises:

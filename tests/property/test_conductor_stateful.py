@@ -345,7 +345,7 @@ class Conductor(RuleBasedStateMachine):
     @invariant()
     def every_open_request_has_its_alarm(self) -> None:
         desk = self.machine._desk
-        assert all(request.alarm in desk.alarms for request in desk.requests.values())
+        assert all(request.alarm in desk.alarms._heap for request in desk.requests.values())
 
     @invariant()
     def nothing_is_asked_of_a_decode_worker_too_early(self) -> None:

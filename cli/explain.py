@@ -73,6 +73,7 @@ def _terms(record: Record) -> Table:
         "queue_s": "queue: others' prompts, and the network",
         "fetch_s": _fetch_words(choice["prefill"]),
         "prefill_s": f"prefill of {_new_tokens(record, choice)} tokens",
+        "held_s": "held until there was a second token",
         "ttft_s": "= time to first token",
         "second_gap_s": "first to second token",
         "handover_s": "  of it: the rest of the pull",

@@ -21,26 +21,35 @@ class Seen:
 
     Args:
         tokenize_s: from the request's arrival to its handing over to the machine.
-        ttft_s: from its arrival to its first token.
-        second_gap_s: from the first token, of the prefill worker, to the second, of the decode worker.
+        ttft_s: from its arrival to its first token, as it was shown.
+        held_s: how long the first token was there and not shown, since the second was not (`HoldFirst`).
+        second_gap_s: from the first token, of the prefill worker, to the second, of the decode worker, as shown.
         tbt_mean_s: the mean of the gaps after that one: what a decode step takes.
         tbt_worst_s, tbt_max_s: of all gaps: the mean of the longest tenth, which is the request's TBT; the longest.
     """
 
     tokenize_s: float | None = None
     ttft_s: float | None = None
+    held_s: float | None = None
     second_gap_s: float | None = None
     tbt_mean_s: float | None = None
     tbt_worst_s: float | None = None
     tbt_max_s: float | None = None
 
 
-def seen_of(tokens_s: Sequence[float], *, arrived_s: float, tokenized_s: float) -> Seen:
-    """From the moments at which an output's tokens came, so far, in order; all by the front end's clock."""
+def seen_of(
+    tokens_s: Sequence[float], *, arrived_s: float, tokenized_s: float, first_came_s: float | None = None
+) -> Seen:
+    """From the moments at which an output's tokens were shown, so far, in order; all by the front end's clock.
+
+    Args:
+        first_came_s: when the first one was there; None: there is none, or it was not held.
+    """
     gaps, tbt = [later - earlier for earlier, later in pairwise(tokens_s)], tbt_of(tokens_s)
     return Seen(
         tokenize_s=tokenized_s - arrived_s,
         ttft_s=tokens_s[0] - arrived_s if tokens_s else None,
+        held_s=tokens_s[0] - first_came_s if tokens_s and first_came_s is not None else None,
         second_gap_s=gaps[0] if gaps else None,
         tbt_mean_s=(tokens_s[-1] - tokens_s[1]) / (len(gaps) - 1) if len(gaps) > 1 else None,
         tbt_worst_s=tbt.worst_s if tbt else None,

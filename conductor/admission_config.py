@@ -36,6 +36,10 @@ class AdmissionConfig:
         defer: a request that is refused waits instead, and is judged again as room is freed, for as long as it can
             still meet its TTFT.
         slack_share: of the TTFT limit, within which a deferred request must be able to have its first token.
+        hold_first_share: of the TTFT limit; until then the front end may keep a first token until the second is there.
+            It does so for requests with limits on both, where the second may be late: decode room was refused, or is
+            asked for only towards the end of the prefill or after it, or the hand-over takes more than half of the TBT
+            limit, as predicted, or as one of the last 32 did. 0: first tokens are shown as they come.
         defer_s_max: how long a request without a TTFT limit is deferred.
         deferred_max: requests deferred at once; further ones are refused as they come.
         backfill: how many more are tried each time, when one whose turn it is does not fit.
@@ -60,6 +64,7 @@ class AdmissionConfig:
     reserve: Reserve = Reserve.POLICY
     defer: bool = True
     slack_share: float = 0.8
+    hold_first_share: float = 0.95
     defer_s_max: float = 600.0
     deferred_max: int = 1024
     backfill: int = 8
@@ -75,7 +80,7 @@ class AdmissionConfig:
             value = getattr(self, f.name)
             if f.type == "float" and not (math.isfinite(value) and value >= 0.0):
                 self._refuse(f.name, "a finite number, 0 or more")
-        for name in ("slack_share", "class_headroom", "size_fairness"):
+        for name in ("slack_share", "hold_first_share", "class_headroom", "size_fairness"):
             if getattr(self, name) > 1.0:
                 self._refuse(name, "a share, at most 1")
         for name in ("priority_step_s", "defer_s_max"):

@@ -243,7 +243,8 @@ ALL_NAMES = (*NAMES, NO_ADMISSION)
 
 def admission_named(name: str, config: AdmissionConfig, others: Mode = Mode.SHADOW) -> AdmissionConfig:
     """One policy in force and the others in its shadow, for comparing them: "baseline", "early", "predictive",
-    "forecast", or "none". The paper's policies refuse at once, unless the name ends in "+defer".
+    "forecast", or "none". The paper's policies refuse at once and keep no first token back, unless the name ends in
+    "+defer".
 
     Args:
         others: what becomes of the others.
@@ -256,4 +257,13 @@ def admission_named(name: str, config: AdmissionConfig, others: Mode = Mode.SHAD
     bare = name.removesuffix(DEFER)
     baseline, early, predictive, forecast = (Mode.ENFORCE if policy == bare else others for policy in POLICIES)
     defer = name.endswith(DEFER) or (bare == "forecast" and config.defer)
-    return replace(config, baseline=baseline, early=early, predictive=predictive, forecast=forecast, defer=defer)
+    held = config.hold_first_share if defer or bare == "forecast" else 0.0
+    return replace(
+        config,
+        baseline=baseline,
+        early=early,
+        predictive=predictive,
+        forecast=forecast,
+        defer=defer,
+        hold_first_share=held,
+    )

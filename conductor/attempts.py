@@ -70,6 +70,7 @@ class Attempt:
     begun_s: float
     predicted_s: float
     first_token_id: int | None = None
+    prefilled_s: float | None = None
     reserved: bool = False
     started: bool = False
     decode_tries: int = 1

@@ -192,12 +192,14 @@ class DecisionRecord:
     def terms(self) -> dict[str, Term]:
         """Of the placement that gave the first token; before there is one, of the last.
 
-        `ttft_s` = `before_s` + `queue_s` + `fetch_s` + `prefill_s`, predicted and actual alike, as the front end
-        sees it. `before_s`: until it was placed. `fetch_s`: with the reading of its own hits from slower tiers.
-        `queue_s`: whatever is none of the others, so that an actual one holds the wait for other prompts' passes as
-        well as the network. On a coupled worker the decode steps that share a prompt's passes are in its `prefill_s`.
-        An actual `pull_s` holds the wait for the prompt's blocks. `tbt_s`: one decode step, stalls included, against
-        the mean of later gaps; the worst tenth of gaps, by which a request's TBT is judged, is not predicted.
+        `ttft_s` = `before_s` + `queue_s` + `fetch_s` + `prefill_s` + `held_s`, predicted and actual alike, as the
+        front end sees it. `before_s`: until it was placed. `held_s`: until the first token was shown, there being no
+        second; it is not predicted, and the gap to the second counts from when the first one was there. `fetch_s`: with
+        the reading of its own hits from slower tiers. `queue_s`: whatever is none of the others, so that an actual one
+        holds the wait for other prompts' passes as well as the network. On a coupled worker the decode steps that share
+        a prompt's passes are in its `prefill_s`. An actual `pull_s` holds the wait for the prompt's blocks. `tbt_s`:
+        one decode step, stalls included, against the mean of later gaps; the worst tenth of gaps, by which a request's
+        TBT is judged, is not predicted.
         """
         given = self.first_token_choice
         choice = given or (self.choices[-1] if self.choices else None)
@@ -208,16 +210,20 @@ class DecisionRecord:
         placed_s = None if given is None or self.first_token_s is None else self.first_token_s - given.at_s
         first = self.stats.get(f"{choice.number}.prefill") if given is not None else None
         joined = self.stats.get(f"{choice.number}.decode")
-        rest_s = None if placed_s is None or first is None else max(0.0, placed_s - first.fetch_s - first.compute_s)
+        held_s = seen.held_s or 0.0
+        known_s = held_s if first is None else held_s + first.fetch_s + first.compute_s
+        rest_s = None if placed_s is None or first is None else max(0.0, placed_s - known_s)
+        gap_s = None if seen.second_gap_s is None else held_s + seen.second_gap_s
         return {
             "ttft_s": Term(before_s + prefill.ttft_s, None if placed_s is None else before_s + placed_s),
             "before_s": Term(before_s, before_s),
             "queue_s": Term(prefill.queue_s, rest_s),
             "fetch_s": Term(prefill.fetch_s + prefill.read_s, None if first is None else first.fetch_s),
             "prefill_s": Term(prefill.prefill_s + prefill.mixing_s, None if first is None else first.compute_s),
+            "held_s": Term(None, held_s or None),
             "tbt_s": Term(choice.decode.tbt_s, seen.tbt_mean_s),
             "tbt_worst_s": Term(None, seen.tbt_worst_s),
-            "second_gap_s": Term(choice.handover_s + choice.decode.tbt_s, seen.second_gap_s),
+            "second_gap_s": Term(choice.handover_s + choice.decode.tbt_s, gap_s),
             "handover_s": Term(choice.handover_s, self._handed_over_s(given)),
             "pull_s": Term(choice.pull_s, None if joined is None else joined.pull_s),
         }

@@ -5,7 +5,7 @@ Every way out of an attempt goes through `close_leg` or `cancel_leg`, each of wh
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from conductor.alarms import Alarms
 from conductor.attempts import Attempt, Leg, Phase, Request
 from conductor.config import ConductorConfig
 from conductor.decisions import Decisions
-from conductor.effects import Begin, Effect, End, Resume, Send
+from conductor.effects import Begin, Effect, End, HoldFirst, Resume, Send
 from conductor.oscillation import Swing
 from conductor.policy import PlacementPolicy
 from conductor.prefix_index import PrefixIndex
@@ -27,6 +27,9 @@ from halfmoon.types import AttemptId, Epoch, NodeId, Outcome, RequestId
 
 PULL, FETCH = "pull", "fetch"
 """Why a worker sends: its own prefill's blocks to the decode worker; a cached prefix to another prefill worker."""
+
+HANDOVERS = 32
+"""The last ones, whose longest says what the next one may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,7 @@ class Desk:
         self.output_tokens = RunningMean()
         self.decode_s = RunningMean()
         self.room_wait_s = RunningMean()  # of those whose prefill had begun: from asking for decode room to having it
+        self.handovers_s: deque[float] = deque(maxlen=HANDOVERS)  # the last ones, from PrefillDone to DecodeJoined
         self.out: list[Effect] = []
 
     # ---- telling ----
@@ -92,6 +96,11 @@ class Desk:
 
     def begin(self, attempt_id: AttemptId) -> None:
         self.out.append(Begin(attempt_id=attempt_id))
+
+    def hold_first(self, request: Request, hold_s: float, now_s: float) -> None:
+        if hold_s > 0.0:
+            self.out.append(HoldFirst(request_id=request.spec.request_id, hold_s=hold_s))
+            self.note(request, now_s, f"first token held for its second: {hold_s:.1f} s at most")
 
     def cancel_at(self, node_id: NodeId, epoch: Epoch, attempt_id: AttemptId, reason: str, now_s: float) -> None:
         """Tell a worker to end an attempt, and expect its Closed within a bound."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from conductor.actuals import Seen
-from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send
+from conductor.effects import Begin, Effect, End, HoldFirst, RequestSpec, Resume, Send
 from conductor.machine import ConductorMachine
 from core.messages import Command, NodeInfo, WorkerEvent
 from halfmoon.errors import HalfmoonError
@@ -18,6 +18,8 @@ class Streams(Protocol):
     """The front end, as the machine's effects need it. Unknown requests have ended: they are ignored."""
 
     def begin(self, attempt_id: AttemptId) -> None: ...
+
+    def hold_first(self, request_id: RequestId, hold_s: float) -> None: ...
 
     def suspend(self, request_id: RequestId) -> tuple[int, ...] | None: ...
 
@@ -109,6 +111,8 @@ class Driver:
                 self._commands.send(effect.node_id, effect.epoch, effect.command)
             case Begin():
                 self._streams.begin(effect.attempt_id)
+            case HoldFirst():
+                self._streams.hold_first(effect.request_id, effect.hold_s)
             case Resume():
                 self._resume(effect.request_id)
             case End():

@@ -57,6 +57,14 @@ class Begin:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HoldFirst:
+    """If the present attempt brings the output's first token, its client sees it with the second, or after `hold_s`."""
+
+    request_id: RequestId
+    hold_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resume:
     """An attempt was lost. The front end answers with `on_resume(request_id, emitted tokens)` of its log."""
 
@@ -73,7 +81,7 @@ class End:
     error: HalfmoonError
 
 
-Effect = Send | Begin | Resume | End
+Effect = Send | Begin | HoldFirst | Resume | End
 
 
 @dataclass(frozen=True, kw_only=True)

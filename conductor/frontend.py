@@ -165,6 +165,11 @@ class FrontEnd:
         if session is not None:
             session.log.begin(attempt_id)
 
+    def hold_first(self, request_id: RequestId, hold_s: float) -> None:
+        session = self._sessions.get(request_id)
+        if session is not None:
+            session.log.hold_first(self.clock() + hold_s)
+
     def suspend(self, request_id: RequestId) -> tuple[int, ...] | None:
         session = self._sessions.get(request_id)
         return None if session is None else session.log.suspend()
@@ -177,7 +182,7 @@ class FrontEnd:
     # ---- from the clock ----
 
     def tick(self) -> None:
-        """Deadlines, holes and slow readers."""
+        """Deadlines, first tokens that were held back for long enough, holes and slow readers."""
         now_s = self.clock()
         for session in list(self._sessions.values()):
             self._check(session, now_s)
@@ -244,6 +249,8 @@ class FrontEnd:
 
     def _check(self, session: Session, now_s: float) -> None:
         config, request_id = self.config, session.spec.request_id
+        if session.release(now_s):
+            self._wake(session)
         hole_s = session.log.hole_since_s
         if now_s >= session.deadline_at_s:
             self._abandon(session, DeadlineExceeded(f"{request_id}: its deadline passed"), "deadline", drop=False)

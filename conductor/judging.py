@@ -9,12 +9,15 @@ from conductor.attempts import Attempt, Phase, Request
 from conductor.desk import Desk
 from conductor.effects import Slo
 from conductor.policy import Placement
-from conductor.scoring import DecodeScore, PrefillScore, Query
+from conductor.scoring import DecodeScore, PrefillScore, Query, fits_decode, fits_prefill
 from conductor.shares import size_class
 from conductor.view import Claim
 from conductor.waiting import Line
-from halfmoon.errors import Rejected
+from halfmoon.errors import InvalidRequest, Rejected
 from halfmoon.types import NodeId, Outcome
+
+SLOW_HANDOVER = 0.5
+"""Of the TBT limit: one that takes longer is slow. Its next step is a part of the same gap."""
 
 
 class Judge:
@@ -22,6 +25,25 @@ class Judge:
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
+
+    def impossible(self, request: Request, query: Query) -> InvalidRequest | None:
+        """Whether no worker that is known could ever hold the request. Pools that are absent are not judged."""
+        view = self._desk.view
+        if any(fits_prefill(query, w) and not w.incompatible for w in view) and any(
+            fits_decode(query, w) and not w.incompatible for w in view
+        ):
+            return None  # nearly always, and after a look at two workers
+        workers = [w for w in view if not w.incompatible]
+        if any(w.coupled and fits_decode(query, w) for w in workers):
+            return None
+        size = query.block_size
+        prefills = [w for w in workers if w.prefills]
+        if prefills and not any(fits_prefill(query, w) for w in prefills):
+            return _too_long(request, max(w.info.num_device_blocks for w in prefills) * size)
+        decodes = [w for w in workers if w.decodes]
+        if decodes and not any(fits_decode(query, w) for w in decodes):
+            return _too_long(request, max(w.info.num_device_blocks for w in decodes) * size)
+        return None
 
     def admitted(self, request: Request, query: Query, placement: Placement, now_s: float) -> bool:
         """Admission, until it is placed for the first time: what was accepted is not rejected later on arrival.
@@ -72,6 +94,23 @@ class Judge:
             ttft_s=config.slo.ttft_s if own.ttft_s is None else own.ttft_s,
             tbt_s=config.slo.tbt_s if own.tbt_s is None else own.tbt_s,
         )
+
+    def slow_handover(self, query: Query, predicted_s: float) -> bool:
+        """Whether a hand-over may break the limit on TBT: as predicted, or as others have lately turned out, which wait
+        for each other on a link and for room."""
+        lately_s = max(self._desk.handovers_s, default=0.0)
+        return query.slo.tbt_s is not None and max(predicted_s, lately_s) > SLOW_HANDOVER * query.slo.tbt_s
+
+    def hold_first(self, request: Request, now_s: float) -> None:
+        """Its second token may be late: let the front end keep the first one until then.
+
+        The gap between the two would be the worst of a short output's. A client with limits on both has said what it
+        would rather wait for.
+        """
+        desk, slo = self._desk, self.slo(request)
+        if slo.ttft_s is not None and slo.tbt_s is not None:
+            until_s = request.arrived_s + desk.admission.config.hold_first_share * slo.ttft_s
+            desk.hold_first(request, until_s - now_s, now_s)
 
     # ---- inside ----
 
@@ -214,3 +253,12 @@ def _flight(request: Request, attempt: Attempt, now_s: float, share: float = 1.0
         share=share,
         reserved=attempt.reserved,
     )
+
+
+def _too_long(request: Request, tokens_max: int) -> InvalidRequest:
+    prompt, wanted = len(request.spec.token_ids), request.spec.sampling.max_tokens
+    if prompt >= tokens_max:
+        limit = f"at most {tokens_max - 1} tokens in any worker's KV pool"
+        return InvalidRequest(field="prompt", value=f"{prompt} tokens", limit=limit)
+    limit = f"at most {tokens_max - prompt} after {prompt} prompt tokens in any worker's KV pool"
+    return InvalidRequest(field="max_tokens", value=wanted, limit=limit)

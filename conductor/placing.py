@@ -18,11 +18,11 @@ from conductor.attempts import Attempt, Leg, Phase, Request, Timer, fetches_of, 
 from conductor.desk import FETCH, PULL, Desk
 from conductor.judging import Judge
 from conductor.policy import Placement, place, place_decode
-from conductor.scoring import DecodeScore, Query, fits_decode, fits_prefill
+from conductor.scoring import DecodeScore, Query, fits_decode
 from conductor.view import DecodeBook, SendingBook, Worker
 from conductor.waiting import Line
 from core.messages import StartCommand
-from halfmoon.errors import InvalidRequest, Rejected, Unavailable
+from halfmoon.errors import Rejected, Unavailable
 from halfmoon.types import AttemptId, NodeId, Outcome
 
 HELD_PER_RETRY = 64
@@ -46,7 +46,7 @@ class Placer:
         if others >= desk.config.requests_max:
             error = queue_full(others, desk.config.requests_max, desk.decode_s.value or 1.0)
             desk.end(request, Outcome.REJECTED, error, now_s)
-        elif (impossible := self._never_fits(request)) is not None:
+        elif (impossible := self._judge.impossible(request, self._query(request))) is not None:
             desk.end(request, Outcome.REJECTED, impossible, now_s)
         else:
             self.place(request, now_s)
@@ -64,7 +64,7 @@ class Placer:
             line = waiting.next_line(now_s, passed)
             if line is None:
                 break
-            waiting.in_turn = waiting.first(line)
+            waiting.in_turn = waiting.first(line, now_s)
             self.place(desk.requests[waiting.in_turn], now_s)
             if waiting.in_turn in waiting:
                 passed |= waiting.passed_with(line)
@@ -169,6 +169,8 @@ class Placer:
         """Until `offer`. While the prefill is withheld nothing is held, and the phase's time bounds the wait."""
         request.crowded = True
         attempt.asked_s = now_s if attempt.asked_s is None else attempt.asked_s
+        if attempt.withheld is None and attempt.first_token_id is None:
+            self._judge.hold_first(request, now_s)
         self._desk.seekers.setdefault(request.spec.request_id)
         if attempt.withheld is None and Timer.SEEK not in request.timers:
             request.wait(Timer.SEEK, now_s + self._desk.config.seek_wait_s)
@@ -230,25 +232,6 @@ class Placer:
             excluded=request.excluded if excluded is None else excluded,
         )
 
-    def _never_fits(self, request: Request) -> InvalidRequest | None:
-        """Whether no worker that is known could ever hold the request. Pools that are absent are not judged."""
-        query, view = self._query(request), self._desk.view
-        if any(fits_prefill(query, w) and not w.incompatible for w in view) and any(
-            fits_decode(query, w) and not w.incompatible for w in view
-        ):
-            return None  # nearly always, and after a look at two workers
-        workers = [w for w in view if not w.incompatible]
-        if any(w.coupled and fits_decode(query, w) for w in workers):
-            return None
-        size = query.block_size
-        prefills = [w for w in workers if w.prefills]
-        if prefills and not any(fits_prefill(query, w) for w in prefills):
-            return _too_long(request, max(w.info.num_device_blocks for w in prefills) * size)
-        decodes = [w for w in workers if w.decodes]
-        if decodes and not any(fits_decode(query, w) for w in decodes):
-            return _too_long(request, max(w.info.num_device_blocks for w in decodes) * size)
-        return None
-
     def _hold(self, request: Request, why: str, now_s: float, *, known: bool = False) -> None:
         """Wait for a worker, if there is reason to believe that one comes (or one refused); else refuse at once."""
         desk = self._desk
@@ -297,6 +280,8 @@ class Placer:
             done_s = now_s + prefill.ttft_s
             times = done_s - prefill.prefill_s, done_s + placement.handover_s
             self._book_pull(attempt, query, decode, worker, *times)
+            if attempt.unasked or attempt.judged_late or self._judge.slow_handover(query, placement.handover_s):
+                self._judge.hold_first(request, now_s)
         self._command_prefill(request, attempt, placement, worker, now_s)
 
     def _arrange_decode(
@@ -385,12 +370,3 @@ class Placer:
 
 def _not_prefilled(request: Request) -> bool:
     return request.attempt is None or request.attempt.first_token_id is None
-
-
-def _too_long(request: Request, tokens_max: int) -> InvalidRequest:
-    prompt, wanted = len(request.spec.token_ids), request.spec.sampling.max_tokens
-    if prompt >= tokens_max:
-        limit = f"at most {tokens_max - 1} tokens in any worker's KV pool"
-        return InvalidRequest(field="prompt", value=f"{prompt} tokens", limit=limit)
-    limit = f"at most {tokens_max - prompt} after {prompt} prompt tokens in any worker's KV pool"
-    return InvalidRequest(field="max_tokens", value=wanted, limit=limit)

@@ -99,7 +99,7 @@ class Progress:
         if leg is not attempt.prefill or attempt.first_token_id is not None:
             desk.counters["stale_attempts"] += 1
             return
-        attempt.first_token_id = event.first_token_id
+        attempt.first_token_id, attempt.prefilled_s = event.first_token_id, now_s
         desk.release_prefill(attempt, now_s)
         record.keep_stats(request.number, "prefill", event.stats)
         if record.prefill_done_s is None:
@@ -126,6 +126,8 @@ class Progress:
             return
         request.record.keep_stats(request.number, "decode", event.stats)
         if attempt.joined_s is None:  # a coupled one has joined with its first token
+            assert attempt.prefilled_s is not None
+            self._desk.handovers_s.append(now_s - attempt.prefilled_s)
             self._desk.close_leg(attempt, attempt.prefill, now_s)
             self._decodes(request, attempt, leg, now_s)
 

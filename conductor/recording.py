@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from conductor.actuals import Seen
 from conductor.config import ConductorConfig
-from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send, Slo
+from conductor.effects import Begin, Effect, End, HoldFirst, RequestSpec, Resume, Send, Slo
 from core.plain import plain
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import ConfigError, HalfmoonError, InvalidRequest, RecordingError
@@ -130,6 +130,8 @@ def in_words(effect: Effect) -> str:
     match effect:
         case Begin():
             return f"begin {effect.attempt_id}"
+        case HoldFirst():
+            return f"hold {effect.request_id}: {effect.hold_s:.6f} s"
         case Resume():
             return f"resume {effect.request_id}: {effect.reason}"
         case End():

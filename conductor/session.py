@@ -59,6 +59,7 @@ class Session:
         self.taken_s = now_s  # since when the reader could have taken the first event in the outbox
         self.error: HalfmoonError | None = None
         self.ended_s: float | None = None
+        self._held: list[pb.GenerateEvent] = []  # tokens that are not shown yet
         self._decoder = decoder
         self._matcher = StopMatcher(spec.sampling.stop)
         started = pb.Started(request_id=spec.request_id, prompt_token_ids=spec.token_ids)
@@ -77,15 +78,22 @@ class Session:
 
         An Ending says that the output is complete: by the worker's word or by a stop string.
         """
-        self._may_be_read(now_s)
         verdict, appended = self.log.offer(token, now_s)
         for accepted in appended:
-            self.tokens_s.append(now_s)
-            ending = self._show(accepted)
+            ending = self._take(accepted)
             if ending is not None:
                 self.log.cut(accepted.index + 1)
+                self._show(now_s)
                 return verdict, ending
+        self.release(now_s)
         return verdict, None
+
+    def release(self, now_s: float) -> bool:
+        """Show what was held back, unless it still is to be. True: there was something. Modifies self."""
+        if not self._held or self.log.holds(now_s):
+            return False
+        self._show(now_s)
+        return True
 
     def finish(self, finished: pb.Finished, now_s: float) -> None:
         """The terminal event of a complete output. Modifies self."""
@@ -99,6 +107,7 @@ class Session:
         Args:
             drop: the reader is gone or too slow: forget what it has not read.
         """
+        self._show(now_s)
         self._end(now_s)
         self.error = error
         if drop:
@@ -117,18 +126,27 @@ class Session:
 
     def seen(self) -> Seen:
         """Its times so far, for the decision record."""
-        return seen_of(self.tokens_s, arrived_s=self.arrived_s, tokenized_s=self.tokenized_s)
+        times_s = {"arrived_s": self.arrived_s, "tokenized_s": self.tokenized_s}
+        return seen_of(self.tokens_s, **times_s, first_came_s=self.log.first_came_s)
 
     def _end(self, now_s: float) -> None:
         assert self.ended_s is None, f"{self.spec.request_id}: a second terminal event"
         self.ended_s = now_s
         self.log.close()
 
-    def _show(self, token: Token) -> Ending | None:
+    def _show(self, now_s: float) -> None:
+        """What was held back may be read from now on."""
+        if self._held:
+            self._may_be_read(now_s)
+        self.tokens_s.extend([now_s] * len(self._held))
+        self.outbox.extend(self._held)
+        self._held.clear()
+
+    def _take(self, token: Token) -> Ending | None:
         stopped = token.finish_reason is FinishReason.STOP
         piece = "" if stopped else self._decoder.push(token.token_id)  # a stop token is counted, not shown
         text = self._matcher.feed(piece)
-        self.outbox.append(pb.GenerateEvent(token=self._event(token, text)))
+        self._held.append(pb.GenerateEvent(token=self._event(token, text)))
         if self._matcher.matched:
             return Ending(finish_reason=FinishReason.STOP, text="", cut=token.finish_reason is None)
         return None if token.finish_reason is None else self._last_words(token.finish_reason)

@@ -2,9 +2,11 @@
 
 Those of one priority and one class of size (conductor.shares) stand in one line, by seniority: arrival, less
 `priority_step_s` for each step of priority. Whose line is next is said by priority, then by which size has fallen
-behind its share. Who has waited for `patience_s`, by its seniority, is *overdue* and goes before all who are not, the
-most senior first. So nobody starves: from then on it can be overtaken by those only who are more senior, which are a
-bounded set, for all who come later than `priority_step_s` for each step of priority between them are not.
+behind its share. Of a line the newest goes first: where more come than can be let in, the order does not change how
+many are, and in the order of arrival all of them would wait until their limits are near. Who has waited for
+`patience_s`, by its seniority, is *overdue* and goes before all who are not, the most senior first. So nobody starves:
+from then on it can be overtaken by those only who are more senior, which are a bounded set, for all who come later than
+`priority_step_s` for each step of priority between them are not.
 
 One whose turn it is and who finds no room lays a *claim* on the decode worker that it would have been placed on:
 others are let in there only if they fit beside it. Claims hold until the waiting are judged again, and are laid anew.
@@ -128,7 +130,7 @@ class WaitingRoom:
     def next_line(self, now_s: float, passed: set[Line]) -> Line | None:
         """The line whose first is next, of those not `passed`; None: there is none left."""
         lines = [line for line in self._lines if line not in passed]
-        return min(lines, key=lambda line: self._turn(line, self._lines[line][0], now_s), default=None)
+        return min(lines, key=lambda line: self._turn(line, now_s), default=None)
 
     def passed_with(self, line: Line) -> set[Line]:
         """The lines whose turn is over when the first of this one found no room: its own, and those of larger requests.
@@ -138,15 +140,19 @@ class WaitingRoom:
         """
         return {other for other in self._lines if other.priority <= line.priority and other.size >= line.size}
 
-    def first(self, line: Line) -> RequestId:
-        return self._lines[line][0][2]
+    def first(self, line: Line, now_s: float) -> RequestId:
+        return self._front(line, now_s)[2]
 
-    def in_order(self, now_s: float) -> list[RequestId]:
-        """All who wait, as if each in its turn came in and shares stayed as they are."""
-        return sorted(self._places, key=lambda name: self._turn(*self._places[name], now_s))
+    def _front(self, line: Line, now_s: float) -> Place:
+        oldest, newest = self._lines[line][0], self._lines[line][-1]
+        return oldest if self._overdue(oldest, now_s) else newest
 
-    def _turn(self, line: Line, place: Place, now_s: float) -> tuple[bool, float, float, Place]:
-        if place[0] <= now_s - self._config.patience_s:
+    def _overdue(self, place: Place, now_s: float) -> bool:
+        return place[0] <= now_s - self._config.patience_s
+
+    def _turn(self, line: Line, now_s: float) -> tuple[bool, float, float, Place]:
+        place = self._front(line, now_s)
+        if self._overdue(place, now_s):
             return (False, 0.0, 0.0, place)
         return (True, -line.priority, -self.shares.lag(line.size, self.losing(line.size, now_s)), place)
 

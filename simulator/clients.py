@@ -19,7 +19,7 @@ from simulator.prompts import Planned
 
 @dataclass(kw_only=True, eq=False)
 class Client:
-    """One open request. `tokens_s`: when each token came; forgotten with it."""
+    """One open request. `tokens_s`: when each token that was not held back could be shown; forgotten with it."""
 
     spec: RequestSpec
     planned: Planned
@@ -27,6 +27,15 @@ class Client:
     log: StreamLog = field(default_factory=StreamLog)
     tokens_s: list[float] = field(default_factory=list)
     first_attempt: int = 0
+
+    def show(self, now_s: float) -> None:
+        """As conductor.session.Session: every token, unless the first is held back."""
+        if not self.log.holds(now_s):
+            self.tokens_s.extend([now_s] * (self.log.num_tokens - len(self.tokens_s)))
+
+    @property
+    def holding(self) -> bool:
+        return self.log.num_tokens > len(self.tokens_s)
 
 
 class Clients:
@@ -43,6 +52,7 @@ class Clients:
         self._on_finished = on_finished
         self._on_hole = on_hole
         self._holes: dict[RequestId, Client] = {}
+        self._held: dict[RequestId, Client] = {}
 
     def offer(self, token: Token, now_s: float) -> None:
         """A token has come; unknown requests have ended."""
@@ -50,20 +60,22 @@ class Clients:
         if client is None:
             self.counts["tokens_unknown"] += 1
             return
-        verdict, appended = client.log.offer(token, now_s)
+        verdict, _ = client.log.offer(token, now_s)
         if verdict is not Verdict.ACCEPTED:
             self._on_odd(client, verdict)
             return
-        if not client.tokens_s:
+        if token.index == 0:
             client.first_attempt = token.attempt_id.number
-        client.tokens_s.extend([now_s] * len(appended))
+        client.show(now_s)
+        if client.holding:
+            self._held[client.spec.request_id] = client
         if client.log.finish_reason is not None:
             self._on_finished(client)
 
     def offer_run(self, attempt_id: AttemptId, first_index: int, ids: Sequence[int], times_s: Sequence[float]) -> None:
         """As `offer` of each of these, which are not the last ones, at its own moment; none of these is yet to come."""
         client = self.open.get(attempt_id.request_id)
-        if client is not None and client.log.offer_run(attempt_id, first_index, ids):
+        if client is not None and not client.holding and client.log.offer_run(attempt_id, first_index, ids):
             client.tokens_s.extend(times_s)
             return
         for i, (token_id, at_s) in enumerate(zip(ids, times_s, strict=True)):
@@ -85,9 +97,14 @@ class Clients:
         since = [(c, c.log.hole_since_s) for c in self._holes.values()]
         return [client for client, since_s in since if since_s is not None and since_s < before_s]
 
+    def release(self, now_s: float) -> None:
+        """Show the first tokens that were held back for long enough."""
+        for client in self._held.values():
+            client.show(now_s)
+        self._held = {name: client for name, client in self._held.items() if client.holding and name in self.open}
+
     def close(self, client: Client) -> None:
         """Its terminal event: whatever else comes for it is unknown."""
-        client.log.close()
         del self.open[client.spec.request_id]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from conductor.actuals import Seen, seen_of
-from conductor.effects import Begin, Effect, End, RequestSpec, Resume, Send
+from conductor.effects import Begin, Effect, End, HoldFirst, RequestSpec, Resume, Send
 from conductor.machine import ConductorMachine
 from core.messages import Command, Snapshot, Token, WorkerEvent
 from halfmoon.errors import HalfmoonError, Unavailable
@@ -289,6 +289,7 @@ class Cluster:
         self._perform(self.machine.on_tick(now_s))
         if self._audit is not None:
             self.machine.check_invariants()
+        self.clients.release(now_s)
         for client in self.clients.holes(now_s - HOLE_S):
             self._hole(client)
         for link in self.links.values():
@@ -315,6 +316,8 @@ class Cluster:
     def _end(self, client: Client, outcome: Outcome, error: HalfmoonError | None) -> None:
         """The request's one terminal event."""
         request_id = client.spec.request_id
+        client.log.close()
+        client.show(self.world.now_s)
         if self._audit is not None:
             self._audit.ended(request_id, outcome.value)
         self.log.note(self.world.now_s, outcome.value, request_id, client.log.num_tokens, error or "")
@@ -331,6 +334,8 @@ class Cluster:
                     self._send(effect)
                 case Begin():
                     self._begin(effect)
+                case HoldFirst():
+                    self._hold_first(effect)
                 case Resume():
                     self._resume(effect)
                 case End():
@@ -350,6 +355,11 @@ class Cluster:
             client.log.begin(begin.attempt_id)
             self._odd.discard(request_id)
 
+    def _hold_first(self, hold: HoldFirst) -> None:
+        client = self.clients.open.get(hold.request_id)
+        if client is not None:
+            client.log.hold_first(self.world.now_s + hold.hold_s)
+
     def _resume(self, resume: Resume) -> None:
         """Answer with the log, in which every token is that has come by now."""
         self.settle()
@@ -361,7 +371,7 @@ class Cluster:
     def _on_machine_ends(self, end: End) -> None:
         client = self.clients.open.get(end.request_id)
         if client is not None:
-            if client.tokens_s:
+            if client.log.num_tokens:
                 self.settle()
             self._end(client, end.outcome, end.error)
         else:
@@ -380,4 +390,5 @@ class Cluster:
 
 
 def _seen(client: Client) -> Seen:
-    return seen_of(client.tokens_s, arrived_s=client.arrived_s, tokenized_s=client.arrived_s)
+    times_s = {"arrived_s": client.arrived_s, "tokenized_s": client.arrived_s}
+    return seen_of(client.tokens_s, **times_s, first_came_s=client.log.first_came_s)

@@ -18,7 +18,7 @@ from conductor.admission_policies import admission_named
 from conductor.attempts import Phase, Timer
 from conductor.config import ConductorConfig
 from conductor.desk import Layout
-from conductor.effects import Begin, Effect, End, Resume, Send, Slo
+from conductor.effects import Begin, Effect, End, HoldFirst, Resume, Send, Slo
 from conductor.machine import ConductorMachine
 from core.messages import (
     AttemptFailed,
@@ -125,6 +125,9 @@ class Conductor(RuleBasedStateMachine):
                     request_id, number = effect.attempt_id
                     assert number > self.open[request_id], "attempts are numbered upwards, of open requests only"
                     self.open[request_id] = number
+                case HoldFirst():
+                    assert effect.request_id in self.open
+                    assert 0.0 < effect.hold_s <= 600.0
                 case Resume():
                     assert effect.request_id in self.open
                     self.resuming.add(effect.request_id)
@@ -336,7 +339,8 @@ class Conductor(RuleBasedStateMachine):
     def who_waits_for_room_has_a_time_at_which_it_ends(self) -> None:
         desk = self.machine._desk
         deferred = {r for r, request in desk.requests.items() if request.phase is Phase.DEFERRED}
-        assert deferred == set(desk.waiting.in_order(self.now_s))
+        assert deferred == {r for r in desk.requests if r in desk.waiting}
+        assert len(deferred) == len(desk.waiting)
         assert len(deferred) <= desk.admission.config.deferred_max
         assert all(Timer.DEFER in desk.requests[r].timers for r in deferred)
         assert all(desk.requests[r].attempt is None for r in deferred)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from conductor.admission_config import AdmissionConfig
+from conductor.config import ConductorConfig
 from conductor.effects import Effect, End
 from conductor.machine import ConductorMachine
 from halfmoon.errors import ConfigError, Failed
@@ -190,6 +192,25 @@ def test_many_steps_at_once_where_room_is_short(dram: int) -> None:
     assert fingerprint(many) == fingerprint(single)
     assert outcomes(many)[Outcome.FINISHED] > 70
     assert sum(row.preemptions for row in many.requests) > 0 or dram == 0
+
+
+def test_first_tokens_are_held_with_many_steps_at_once_as_with_single_ones() -> None:
+    """Where room is short, with a limit on TBT that a hand-over breaks; held ones are later, and nothing else is."""
+    settings: dict[str, Any] = {
+        "hardware": {"decode_blocks": 60},
+        "output_factor": 3.0,
+        "every_s": 0.05,
+        "output_tokens_max": 200,
+        "slo_ttft_s": 30.0,
+        "slo_tbt_s": 0.03,
+    }
+    many, single = (run(3, 80, macro=macro, check=macro, **settings) for macro in (True, False))
+    assert fingerprint(many) == fingerprint(single)
+    shown = run(3, 80, **settings, conductor=ConductorConfig(admission=AdmissionConfig(hold_first_share=0.0)))
+    later = [(a.ttft_s or 0.0) - (b.ttft_s or 0.0) for a, b in zip(many.requests, shown.requests, strict=True)]
+    assert min(later) == 0.0
+    assert sum(s > 0.0 for s in later) > 5
+    assert [row.ended_s for row in many.requests] == [row.ended_s for row in shown.requests]
 
 
 @pytest.mark.parametrize("settings", [{"coupled": 3, "prefill": 0, "decode": 0}, {"coupled": 1}])

@@ -31,7 +31,9 @@ def full(policy: str = "forecast", blocks: int = 4, prefill_blocks: int = 1000, 
 
 
 def waiting(play: Play) -> list[str]:
-    return [str(name) for name in play.machine._desk.waiting.in_order(play.now_s)]
+    """By name."""
+    desk = play.machine._desk
+    return sorted(str(name) for name in desk.requests if name in desk.waiting)
 
 
 # ---- waiting ----
@@ -54,20 +56,19 @@ def test_who_waits_is_judged_again_with_the_ticks_but_not_by_every_event() -> No
     play = full()
     play.request(spec("b"))
     play.request(spec("c"))
-    assert len(play.cancel("a")) == 5  # b begins
-    assert len(play.cancel("b")) == 2  # at the same moment: c waits for the next
-    assert play.wait(0.05) == ["begin c#1", "d0 <- reserve c#1 40(40) from p0@e1", "p0 <- prefill c#1 40(40)"]
+    assert len(play.cancel("a")) == 5  # c begins: the newest
+    assert len(play.cancel("c")) == 2  # at the same moment: b waits for the next
+    assert play.wait(0.05) == ["begin b#1", "d0 <- reserve b#1 40(40) from p0@e1", "p0 <- prefill b#1 40(40)"]
 
 
-def test_a_newcomer_stands_in_line_behind_others_of_its_size_even_if_it_would_fit() -> None:
+def test_a_newcomer_goes_before_others_of_its_size_if_it_fits() -> None:
     play = full(blocks=7)
     play.request(spec("b", tokens=prompt(70)))  # 5 blocks of 16 tokens
-    assert play.request(spec("c", tokens=prompt(50))) == []  # 4
+    assert play.request(spec("c", tokens=prompt(50)))[0] == "begin c#1"  # 4
     record = play.machine.explain(RequestId("c"))
     assert record is not None
-    assert [v.accept for v in record.verdicts if v.policy == "forecast"] == [True]
-    assert [s.what for s in record.steps] == ["deferred: 1 others wait"]
-    assert waiting(play) == ["b", "c"]
+    assert record.steps[0].what == "deferred: 1 others wait"
+    assert waiting(play) == ["b"]
 
 
 def test_a_smaller_one_goes_where_there_is_no_claim() -> None:
@@ -196,6 +197,45 @@ def test_room_that_is_counted_on_is_booked_at_once_and_asked_for_later() -> None
     assert {n.info.node_id: n.books.decode_tokens for n in play.machine.status().nodes}["d0"] == 200
     assert play.wait(0.10) == []
     assert play.wait(0.01) == ["d0 <- reserve b#1 100(100) from p0@e1"]  # of 110 ms, less those of the pull
+
+
+BOTH = Slo(ttft_s=10.0, tbt_s=0.1)
+
+
+def test_a_first_token_is_held_where_its_room_is_left_for_later() -> None:
+    play = old()
+    assert play.request(replace(B, slo=BOTH)) == [
+        "begin b#1",
+        "hold b: 9.500000 s",
+        "p0 <- prefill b#1 100(100)",
+    ]
+    record = play.machine.explain(RequestId("b"))
+    assert record is not None
+    assert "first token held for its second: 9.5 s at most" in [step.what for step in record.steps]
+
+
+@pytest.mark.parametrize("slo", [Slo(), Slo(ttft_s=10.0), Slo(tbt_s=0.1)])
+def test_who_has_not_both_limits_sees_the_first_token_as_it_comes(slo: Slo) -> None:
+    assert old().request(replace(B, slo=slo)) == ["begin b#1", "p0 <- prefill b#1 100(100)"]
+
+
+def test_first_tokens_are_not_held_where_that_is_off() -> None:
+    assert old(hold_first_share=0.0).request(replace(B, slo=BOTH)) == ["begin b#1", "p0 <- prefill b#1 100(100)"]
+
+
+def test_a_first_token_is_held_when_the_decode_worker_has_refused_and_not_before() -> None:
+    play = full(blocks=100)
+    assert "hold" not in str(play.request(replace(B, slo=BOTH)))
+    play.wait(1.0)
+    assert play.refused("d0", "b#1") == ["hold b: 8.500000 s"]
+    play.prefilled("p0", "b#1")
+    assert play.load("d0", free_device_blocks=100) == ["d0 <- reserve b#1 100(100) from p0@e1"]
+    assert play.refused("d0", "b#1") == []  # the client has it already, or it is held
+
+
+def test_a_first_token_is_held_where_the_hand_over_takes_half_of_the_limit() -> None:
+    play = full(blocks=100)
+    assert "hold b: 9.500000 s" in play.request(replace(B, slo=replace(BOTH, tbt_s=1e-4)))
 
 
 def test_a_prefill_that_ends_early_asks_at_once() -> None:

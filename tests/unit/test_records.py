@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -39,13 +40,23 @@ def test_every_term_stands_beside_what_it_came_to() -> None:
     predicted = {name: term.predicted_s for name, term in terms.items()}
     actual = {name: term.actual_s for name, term in terms.items()}
     assert predicted == pytest.approx(
-        {"ttft_s": 0.060, "before_s": 0.010, "queue_s": 0.0, "fetch_s": 0.0, "prefill_s": 0.050, "tbt_s": 0.021,
-         "tbt_worst_s": None, "second_gap_s": 0.025, "handover_s": 0.004, "pull_s": 0.004}, abs=1e-4,
+        {"ttft_s": 0.060, "before_s": 0.010, "queue_s": 0.0, "fetch_s": 0.0, "prefill_s": 0.050, "held_s": None,
+         "tbt_s": 0.021, "tbt_worst_s": None, "second_gap_s": 0.025, "handover_s": 0.004, "pull_s": 0.004}, abs=1e-4,
     )  # fmt: skip
     assert actual == pytest.approx(
-        {"ttft_s": 0.100, "before_s": 0.010, "queue_s": 0.025, "fetch_s": 0.005, "prefill_s": 0.060, "tbt_s": 0.021,
-         "tbt_worst_s": 0.040, "second_gap_s": 0.030, "handover_s": 0.006, "pull_s": 0.004},
+        {"ttft_s": 0.100, "before_s": 0.010, "queue_s": 0.025, "fetch_s": 0.005, "prefill_s": 0.060, "held_s": None,
+         "tbt_s": 0.021, "tbt_worst_s": 0.040, "second_gap_s": 0.030, "handover_s": 0.006, "pull_s": 0.004},
     )  # fmt: skip
+
+
+def test_what_was_held_back_is_a_term_of_its_own_and_the_gap_counts_from_when_it_came() -> None:
+    stats = AttemptStats(node_id=NodeId("p0"), queue_s=0.001, fetch_s=0.005, compute_s=0.060)
+    seen = replace(SEEN, ttft_s=0.125, held_s=0.025, second_gap_s=0.005)
+    actual = {name: term.actual_s for name, term in served(Play("p0 d0"), prefill=stats, seen=seen).terms().items()}
+    parts = ("before_s", "queue_s", "fetch_s", "prefill_s", "held_s")
+    assert [actual[name] for name in parts] == pytest.approx([0.010, 0.025, 0.005, 0.060, 0.025])
+    assert actual["ttft_s"] == pytest.approx(0.125)
+    assert actual["second_gap_s"] == pytest.approx(0.030)
 
 
 def test_what_nobody_has_said_is_unknown_and_the_record_is_complete_all_the_same() -> None:
@@ -106,6 +117,7 @@ def test_a_front_end_tells_what_its_client_saw() -> None:
     assert seen.tbt_mean_s == pytest.approx(0.05)
     assert (seen.tbt_worst_s, seen.tbt_max_s) == (0.5, 0.5)
     assert seen_of([11.0], arrived_s=10.0, tokenized_s=10.0) == Seen(tokenize_s=0.0, ttft_s=1.0)
+    assert seen_of([11.5, 11.5], arrived_s=10.0, tokenized_s=10.0, first_came_s=11.0).held_s == 0.5
     assert seen_of([], arrived_s=10.0, tokenized_s=10.5) == Seen(tokenize_s=0.5)
 
 

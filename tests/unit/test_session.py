@@ -110,6 +110,45 @@ def test_logprobs_only_for_those_who_ask() -> None:
     assert asking.outbox[1].token.top_logprobs[0].token_id == 97
 
 
+def held() -> Session:
+    """Its first token came at 1 s and is held until 5 s."""
+    it = session()
+    it.log.hold_first(5.0)
+    it.offer(token(0, 97), now_s=1.0)
+    assert (texts(it), it.first_token_s) == ([], None)
+    assert not it.release(4.9)
+    return it
+
+
+def test_a_first_token_that_is_held_comes_with_the_second() -> None:
+    it = held()
+    it.offer(token(1, 98), now_s=3.0)
+    assert (texts(it), it.tokens_s) == (["a", "b"], [3.0, 3.0])
+
+
+def test_a_first_token_is_held_for_so_long_and_no_longer() -> None:
+    it = held()
+    assert it.release(5.0)
+    assert (texts(it), it.tokens_s) == (["a"], [5.0])
+    assert not it.release(6.0)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_failure_shows_what_was_held(drop: bool) -> None:
+    it = held()
+    it.fail(Cancelled("a"), now_s=2.0, drop=drop)
+    assert texts(it) == ([] if drop else ["a"])
+    assert it.tokens_s == [2.0]
+
+
+def test_a_stop_string_in_a_first_token_ends_at_once_though_it_were_held() -> None:
+    it = session(stop=("a",))
+    it.log.hold_first(5.0)
+    _, ending = it.offer(token(0, 97), now_s=1.0)
+    assert ending == Ending(finish_reason=FinishReason.STOP, text="", cut=True)
+    assert it.tokens_s == [1.0]
+
+
 def test_one_end_and_only_one() -> None:
     it = session()
     it.fail(Cancelled("a"), now_s=2.0)

@@ -25,6 +25,15 @@ def empty_room(config: AdmissionConfig = CONFIG) -> WaitingRoom:
     return WaitingRoom(ClusterView(ConductorConfig()), config)
 
 
+def drained(room: WaitingRoom, now_s: float) -> list[RequestId]:
+    """All who wait, as if each in its turn came in and shares stayed as they are. Modifies `room`."""
+    order = []
+    while (line := room.next_line(now_s, set())) is not None:
+        order.append(room.first(line, now_s))
+        room.discard(order[-1])
+    return order
+
+
 # ---- chances by size ----
 
 
@@ -94,9 +103,18 @@ def test_the_higher_class_goes_first_and_then_the_size_that_lags() -> None:
     room.shares.see(12, let_in=False)
     for name, line in (("a", Line(0, 10)), ("b", Line(0, 12)), ("c", Line(1, 10)), ("d", Line(-1, 12))):
         room.add(RequestId(name), line, 0.0, 60.0)
-    assert room.in_order(1.0) == ["c", "b", "a", "d"]
     assert room.next_line(1.0, set()) == Line(1, 10)
     assert room.next_line(1.0, {Line(1, 10)}) == Line(0, 12)
+    assert drained(room, 1.0) == ["c", "b", "a", "d"]
+
+
+def test_the_newest_of_a_line_goes_first_until_the_oldest_is_overdue() -> None:
+    room = empty_room()
+    for name, arrived_s in (("old", 0.0), ("mid", 10.0), ("new", 20.0)):
+        room.add(RequestId(name), Line(0, 10), arrived_s, arrived_s + 60.0)
+    assert room.first(Line(0, 10), 29.9) == "new"
+    assert room.first(Line(0, 10), 30.0) == "old"
+    assert drained(room, 30.0) == ["old", "new", "mid"]
 
 
 def test_who_is_overdue_goes_before_all_who_are_not() -> None:
@@ -104,8 +122,8 @@ def test_who_is_overdue_goes_before_all_who_are_not() -> None:
     room.shares.see(12, let_in=False)
     room.add(RequestId("low"), Line(-1, 10), 0.0, 60.0)
     room.add(RequestId("new"), Line(1, 12), 39.0, 99.0)
-    assert room.in_order(39.9) == ["new", "low"]
-    assert room.in_order(40.0) == ["low", "new"]  # 30 s, and 10 s for its class
+    assert room.next_line(39.9, set()) == Line(1, 12)
+    assert drained(room, 40.0) == ["low", "new"]  # 30 s, and 10 s for its class
 
 
 @given(st.data())
@@ -120,13 +138,15 @@ def test_the_overdue_are_overtaken_by_their_seniors_only(data: st.DataObject) ->
         arrived_s = data.draw(st.floats(0.0, 100.0))
         known[RequestId(f"r{i}")] = seniority(arrived_s, line.priority, CONFIG)
         room.add(RequestId(f"r{i}"), line, arrived_s, arrived_s + 60.0)
-    order = room.in_order(100.0)
+    first = room.next_line(100.0, set())
+    assert first is not None
+    order = [room.first(first, 100.0)]
+    room.discard(order[0])
+    order += drained(room, 100.0)
+    assert sorted(order) == sorted(known)
     for i, name in enumerate(order):
         if known[name] <= 100.0 - CONFIG.patience_s:
             assert all(known[before] <= known[name] for before in order[:i])
-    first = room.next_line(100.0, set())
-    assert first is not None
-    assert room.first(first) == order[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -140,8 +160,9 @@ def test_the_waiting_room_is_a_sorted_list(seed: int) -> None:
         else:
             twin[name] = float(random.randrange(8))
             room.add(name, Line(0, 10), twin[name], 60.0)
-        assert room.in_order(0.0) == sorted(twin, key=twin.__getitem__)  # both stable: by coming
         assert not room.discard(RequestId("nobody"))
+    order = drained(room, 100.0)  # when all are overdue
+    assert order == sorted(twin, key=twin.__getitem__)  # both stable: by coming
 
 
 def test_a_line_that_grows_old_is_behind_before_any_of_it_is_rejected() -> None:

@@ -114,3 +114,35 @@ def test_a_run_that_is_not_simply_next_changes_nothing() -> None:
     log.close()
     assert not log.offer_run(attempt(1), 2, [102])
     assert log.token_ids == (100, 101)
+
+
+def test_a_first_token_is_held_until_the_second_or_the_moment() -> None:
+    log = begun()
+    log.hold_first(5.0)
+    assert not log.holds(1.0)  # nothing to hold
+    offer(log, token(0))
+    assert (log.holds(4.9), log.holds(5.0)) == (True, False)
+    assert log.token_ids == (100,)
+    offer(log, token(1))
+    assert not log.holds(1.0)
+
+
+@pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH])
+def test_an_only_token_is_not_held(reason: FinishReason) -> None:
+    log = begun()
+    log.hold_first(5.0)
+    offer(log, token(0, reason=reason))
+    assert not log.holds(1.0)
+
+
+def test_what_was_held_is_held_no_more_when_the_next_attempt_begins_or_the_output_has_ended() -> None:
+    again, ended = begun(), begun()
+    for log in (again, ended):
+        log.hold_first(5.0)
+        offer(log, token(0))
+        assert log.holds(1.0)
+    again.suspend()
+    assert again.holds(1.0)
+    again.begin(attempt(2))
+    ended.close()
+    assert (again.holds(1.0), ended.holds(1.0)) == (False, False)

@@ -54,7 +54,8 @@ class DecodeAttempt(Attempt):
 
     @property
     def runnable(self) -> bool:
-        return self.joined and self.quiet
+        """Joined and quiet: written out, since every attempt is asked before every step."""
+        return self.joined and self.phase is Phase.HERE and not (self.loading or self.in_pass or self.ending)
 
     @property
     def on_device(self) -> bool:
@@ -75,10 +76,10 @@ class DecodeAttempt(Attempt):
         """Blocks that a parked sequence needs to go on: its own, and the next position's."""
         return self.sequence.blocks(self.sequence.num_computed_tokens + 1)
 
-    def count_computed(self, positions: range) -> None:
-        """A step has computed these positions. Those of the given tokens were another worker's to compute."""
-        self.computed_tokens += len(positions)
-        self.prefilled_tokens += len(range(positions.start, min(positions.stop, self.sequence.num_given_tokens)))
+    def count_computed(self, start: int, num_tokens: int) -> None:
+        """Steps have computed these positions. Those of the given tokens were another worker's to compute."""
+        self.computed_tokens += num_tokens
+        self.prefilled_tokens += max(0, min(num_tokens, self.sequence.num_given_tokens - start))
 
     def stats(self, node_id: NodeId) -> AttemptStats:
         """What it took so far."""

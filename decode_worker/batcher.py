@@ -14,12 +14,12 @@ def next_batch(
 
     Args:
         sequences: most urgent first; what they are is asked one by one, because growing one may preempt a later one.
-        grow: makes sure of the slot for the next position; False: this sequence sits out the step.
+        grow: makes a slot for the next position of one that has none; False: this sequence sits out the step.
     """
     batch: list[DecodeAttempt] = []
     for attempt in sequences:
         if len(batch) == sequences_max:
             break
-        if attempt.runnable and grow(attempt):
+        if attempt.runnable and (not attempt.sequence.needs_slot or grow(attempt)):
             batch.append(attempt)
     return batch

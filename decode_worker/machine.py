@@ -254,18 +254,20 @@ class DecodeMachine:
             return None
         self._attempts.enter_pass(batch)
         self._pass = Pass(
-            attempts=tuple(a.attempt_id for a in batch), slices=tuple(a.sequence.next_slice(1) for a in batch)
+            attempts=tuple([a.sequence.attempt_id for a in batch]),
+            slices=tuple([a.sequence.next_slice(1) for a in batch]),
         )
         return self._pass
 
     def account(self, done: Pass, results: Sequence[Sampled | None], seconds: float, now_s: float) -> list[Effect]:
-        self.samples.add_pass(prefill=(), decode=done.slices, seconds=seconds)
+        kv_tokens = sum([part.end for part in done.slices])
+        self.samples.add_step(batch=len(done.slices), kv_tokens=kv_tokens, seconds=seconds)
         self._pass_is_over(done)
         attempts = self._attempts.leave_pass(done, seconds, now_s)
         for attempt, part, sampled in zip(attempts, done.slices, results, strict=True):
             assert sampled is not None, "every slice of a step samples"
             if attempt is not None:
-                attempt.count_computed(range(part.start, part.start + len(part.token_ids)))
+                attempt.count_computed(part.start, len(part.token_ids))
                 self._account_token(attempt, sampled, now_s)
         return self.effects(now_s)
 
@@ -303,7 +305,7 @@ class DecodeMachine:
         for attempt, part, token_ids in zip(self._attempts.of_pass(done), done.slices, results, strict=True):
             for one_s in seconds:  # one by one: a sum would round differently
                 attempt.compute_s += one_s
-            attempt.count_computed(range(part.start, part.start + len(token_ids)))
+            attempt.count_computed(part.start, len(token_ids))
             attempt.sequence.run(token_ids)
             slices.append(attempt.sequence.next_slice(1))
         self._pass = Pass(attempts=done.attempts, slices=tuple(slices))

@@ -65,23 +65,21 @@ class Room:
     @staticmethod
     def _seat(attempt: DecodeAttempt, opened: Opened, phase: Phase) -> None:
         attempt.phase = phase
-        attempt.sequence.slots = list(opened.slots)
+        attempt.sequence.slots = opened.slots
         attempt.loading = {opened.slots[i] for i in opened.loading}
 
     # ---- growth ----
 
     def grow(self, attempt: DecodeAttempt, now_s: float) -> bool:
-        """Make sure of the next position's slot, at the cost of less urgent ones. False: not in this step.
+        """Make a slot for the next position, at the cost of less urgent ones. False: not in this step.
 
         Called between passes only.
         """
-        if not attempt.sequence.needs_slot:
-            return True
         slot = self._cache.grow(attempt.attempt_id, now_s)
         if slot is None and self._take_from_another(attempt, 1, now_s):
             slot = self._cache.grow(attempt.attempt_id, now_s)
         if slot is not None:
-            attempt.sequence.slots.append(slot)
+            attempt.sequence.slots += (slot,)
         return slot is not None
 
     # ---- preemption ----
@@ -102,7 +100,7 @@ class Room:
         if not self._cache.park(victim.attempt_id, victim.num_blocks_used, now_s):
             return False
         victim.phase = Phase.PARKED
-        victim.sequence.slots = []
+        victim.sequence.slots = ()
         victim.preemptions += 1
         return True
 
@@ -129,10 +127,11 @@ class Room:
 
     def rescue(self, now_s: float) -> None:
         """Make room for the most urgent attempt, if it is parked, at the cost of the others. Between passes only."""
-        for first in self._placed()[:1]:
-            if first.phase is Phase.PARKED:
-                while self._take_from_another(first, first.num_blocks_resuming, now_s):
-                    pass
+        placed = (a for a in self._attempts.all() if not a.ending and a.phase is not Phase.WAITING)
+        first = next(placed, None)
+        if first is not None and first.phase is Phase.PARKED:
+            while self._take_from_another(first, first.num_blocks_resuming, now_s):
+                pass
 
     def _placed(self) -> list[DecodeAttempt]:
         return [a for a in self._attempts.live() if a.phase is not Phase.WAITING]

@@ -305,8 +305,10 @@ class Attempts(Generic[A]):
         assert attempt.in_pass, "released in mid-pass"
         attempt.in_pass = False
         attempt.compute_s += seconds
+        if not attempt.ending:
+            return attempt
         self.settle(attempt, now_s)
-        return None if attempt.ending else attempt
+        return None
 
     def pass_failed(self, failed: Pass, message: str, now_s: float) -> None:
         """Every attempt of the pass fails; those that were ending are released."""

@@ -24,7 +24,7 @@ class Samples:
 
     def __init__(self) -> None:
         self._passes: deque[PassSample] = deque(maxlen=SAMPLES_MAX)
-        self._steps: dict[int, PassSample] = {}  # bounded by the largest batch
+        self._steps: dict[int, tuple[int, float]] = {}  # by batch size: KV tokens, seconds
 
     def add_pass(self, *, prefill: Iterable[Slice], decode: Iterable[Slice], seconds: float) -> None:
         chunks, steps = tuple(prefill), tuple(decode)
@@ -44,12 +44,14 @@ class Samples:
 
     def add_step(self, *, batch: int, kv_tokens: int, seconds: float) -> None:
         """A pass that only decoded."""
-        self._steps[batch] = PassSample(
-            new_tokens=0, context_tokens=0, batch=batch, kv_tokens=kv_tokens, seconds=seconds
-        )
+        self._steps[batch] = (kv_tokens, seconds)
 
     def take(self) -> tuple[PassSample, ...]:
-        taken = (*self._passes, *self._steps.values())
+        steps = [
+            PassSample(new_tokens=0, context_tokens=0, batch=batch, kv_tokens=kv_tokens, seconds=seconds)
+            for batch, (kv_tokens, seconds) in self._steps.items()
+        ]
+        taken = (*self._passes, *steps)
         self._passes.clear()
         self._steps.clear()
         return taken

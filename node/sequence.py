@@ -36,6 +36,7 @@ class SequenceState:
         chain: names `command.token_ids`; owned from now on.
 
     Attributes:
+        num_tokens: known tokens: the given ones, and the output since.
         num_computed_tokens: positions whose KV lies in `slots` (right, though perhaps not committed yet).
         slots: DEVICE slots, one per block, in order; changed only while the attempt is in no pass.
     """
@@ -45,11 +46,12 @@ class SequenceState:
         self.attempt_id = command.attempt_id
         self.sampling = command.sampling
         self.num_prompt_tokens = command.num_prompt_tokens
-        self.num_given_tokens = len(command.token_ids)
+        self.num_given_tokens = self.num_tokens = len(command.token_ids)
         self.block_size = block_size
         self.num_computed_tokens = 0
-        self.slots: list[int] = []
-        self._tokens = list(command.token_ids)
+        self.slots: tuple[int, ...] = ()  # every pass carries it: not to be copied for each
+        self._given = command.token_ids
+        self._output: list[int] = []
         self._chain = chain
 
     @property
@@ -58,18 +60,14 @@ class SequenceState:
         return self._chain.hashes
 
     @property
-    def num_tokens(self) -> int:
-        return len(self._tokens)
-
-    @property
     def num_output_tokens(self) -> int:
         """Output tokens of the whole request so far, over all its attempts."""
-        return len(self._tokens) - self.num_prompt_tokens
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_left(self) -> int:
         """Known tokens whose KV is still to be computed."""
-        return len(self._tokens) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
 
     @property
     def num_full_given(self) -> int:
@@ -119,25 +117,28 @@ class SequenceState:
         """The next `num_tokens` positions, sampled after if they are the last known ones."""
         start = self.num_computed_tokens
         end = start + num_tokens
-        assert start < end <= len(self._tokens)
-        assert self.blocks(end) <= len(self.slots), "a position without a slot"
-        return Slice(
-            token_ids=tuple(self._tokens[start:end]),
-            start=start,
-            slots=tuple(self.slots),
-            sampling=self.sampling if end == len(self._tokens) else None,
-        )
+        assert start < end <= self.num_tokens
+        assert end <= len(self.slots) * self.block_size, "a position without a slot"
+        return Slice(self._between(start, end), start, self.slots, self.sampling if end == self.num_tokens else None)
+
+    def _between(self, start: int, end: int) -> tuple[int, ...]:
+        """The tokens [start, end)."""
+        given = self.num_given_tokens
+        if start >= given:
+            return tuple(self._output[start - given : end - given])
+        return self._given[start:end] + tuple(self._output[: max(0, end - given)])
 
     def advance(self, num_tokens: int) -> range:
         """Book `num_tokens` more computed positions; return the indices of the blocks that they filled."""
         first = self.num_computed_tokens // self.block_size
         self.num_computed_tokens += num_tokens
-        assert self.num_computed_tokens <= len(self._tokens)
+        assert self.num_computed_tokens <= self.num_tokens
         return range(first, self.num_computed_tokens // self.block_size)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Append an output token; say whether, and why, it is the last one."""
-        self._tokens.append(token_id)
+        self._output.append(token_id)
+        self.num_tokens += 1
         self._chain.extend((token_id,))
         if token_id in self.sampling.stop_token_ids:
             return FinishReason.STOP
@@ -153,7 +154,8 @@ class SequenceState:
         """As `advance(1)` and `append` for each of these tokens, which are at most `num_plain_steps`."""
         assert len(token_ids) <= self.num_plain_steps
         self.num_computed_tokens += len(token_ids)
-        self._tokens.extend(token_ids)
+        self.num_tokens += len(token_ids)
+        self._output.extend(token_ids)
         self._chain.extend(token_ids)
 
 
@@ -161,12 +163,6 @@ def token_of(
     sequence: SequenceState, sampled: Sampled, finish_reason: FinishReason | None, stats: AttemptStats | None
 ) -> Token:
     """The sequence's last token, which has just been appended from `sampled`."""
-    return Token(
-        attempt_id=sequence.attempt_id,
-        index=sequence.num_output_tokens - 1,
-        token_id=sampled.token_id,
-        logprob=sampled.logprob,
-        top_logprobs=tuple(TokenLogprob(token_id=t, logprob=p) for t, p in sampled.top),
-        finish_reason=finish_reason,
-        stats=stats,
-    )
+    top = tuple([TokenLogprob(token_id=t, logprob=p) for t, p in sampled.top]) if sampled.top else ()
+    index = sequence.num_output_tokens - 1
+    return Token(sequence.attempt_id, index, sampled.token_id, sampled.logprob, top, finish_reason, stats)

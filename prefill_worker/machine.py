@@ -150,7 +150,7 @@ class PrefillMachine:
         if opened is None:
             return False
         attempt.opened, attempt.opened_s = True, now_s
-        sequence.slots = list(opened.slots)
+        sequence.slots = opened.slots
         attempt.loading = {opened.slots[i] for i in opened.loading}
         attempt.hits = opened.hits
         attempt.num_blocks_known = len(opened.hits)

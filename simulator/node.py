@@ -257,6 +257,8 @@ class Node:
         self._collect()
         for effect in effects:
             match effect:
+                case Emit():
+                    pass
                 case Report():
                     self.report(effect.event)
                 case StartPull():

@@ -26,7 +26,9 @@ class Noise:
         self._at = 0
 
     def next(self) -> float:
-        value = self.ahead(1)[0]
+        if self._at == len(self._values):
+            self.ahead(1)
+        value = self._values[self._at]
         self.skip(1)
         return value
 
@@ -61,9 +63,9 @@ class TrueEngine:
     # ---- single passes ----
 
     def begin(self, work: Pass) -> float:
-        chunks = [(a, part) for a, part in zip(work.attempts, work.slices, strict=True) if not _is_step(part)]
-        if not chunks:
+        if all(map(_is_step, work.slices)):
             return self._step_s(len(work.slices), sum([part.end for part in work.slices])) * self._noise.next()
+        chunks = [(a, part) for a, part in zip(work.attempts, work.slices, strict=True) if not _is_step(part)]
         steps = [part for part in work.slices if _is_step(part)]
         hardware, factor = self._hardware, self._noise.next()
         constant = max(hardware.prefill_pass_s, hardware.decode_step_s if steps else 0.0)

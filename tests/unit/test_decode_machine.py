@@ -448,6 +448,6 @@ def test_a_given_token_that_a_step_computes_would_show() -> None:
     sequence = w.machine._attempts.live()[0]
     run_pass(w.machine, 0.2)
     assert (sequence.computed_tokens, sequence.prefilled_tokens) == (1, 0)
-    sequence.count_computed(range(4, 7))  # as if a step had computed the last two given tokens too
+    sequence.count_computed(4, 3)  # as if a step had computed the last two given tokens too
     stats = report(AttemptFinished, run_pass(w.machine, 0.3)).stats
     assert (stats.computed_tokens, stats.decode_prefilled_tokens) == (5, 2)

@@ -68,6 +68,10 @@ class TransferMachine:
         self.source.withdraw(attempt_id, now_s)
         return self._take()
 
+    def tick_due_s(self) -> float:
+        """Before this moment `on_tick` would change nothing."""
+        return min(self.sink.tick_due_s, self.source.tick_due_s)
+
     def on_tick(self, now_s: float) -> list[Effect]:
         self.sink.on_tick(now_s)
         self.source.on_tick(now_s)

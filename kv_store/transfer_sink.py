@@ -7,6 +7,7 @@ exactly once, and only when none of its batches is in flight and the source has 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -40,6 +41,7 @@ class Sink:
         self._pulls: dict[TransferId, tuple[PullState, SessionId]] = {}
         self._batches: dict[int, tuple[SessionId, PullState, tv.Batch]] = {}
         self._batch_id = 0
+        self.tick_due_s = math.inf  # before then, `on_tick` has nothing to do
         self.counts: Counter[str] = Counter()
 
     # ---- the node asks ----
@@ -58,7 +60,7 @@ class Sink:
         session = self._session(spec, now_s)
         self._pulls[spec.transfer_id] = (pull, session.session)
         session.pulls[spec.transfer_id] = pull
-        session.due_s = min(session.due_s, pull.deadline_s)
+        self._expect(session, pull.deadline_s)
         if session.open:
             self._ask(session, pull, now_s)
 
@@ -95,7 +97,7 @@ class Sink:
     def on_message(self, session_id: SessionId, message: tv.Message, now_s: float) -> None:
         session = self._sessions[session_id]
         session.heard_s = now_s
-        if isinstance(message, tv.Pong | tv.Ping):
+        if isinstance(message, (tv.Pong, tv.Ping)):
             return
         pull = session.pulls.get(message.transfer_id)
         if pull is None:
@@ -132,6 +134,8 @@ class Sink:
         self._schedule_all(now_s)
 
     def on_tick(self, now_s: float) -> None:
+        if now_s < self.tick_due_s:
+            return
         for session in list(self._sessions.values()):
             if now_s < session.due_s:
                 continue
@@ -140,6 +144,7 @@ class Sink:
             if session.session in self._sessions:
                 self._check_liveness(session, now_s)
                 session.look_ahead(self._limits.ping_interval_s)
+        self.tick_due_s = min([s.due_s for s in self._sessions.values()], default=math.inf)
 
     # ---- state ----
 
@@ -192,8 +197,8 @@ class Sink:
         pull.asked = True
         if len(session.pulls) == 1:
             session.heard_s = session.pinged_s = now_s  # silence is counted only while something is asked
-        session.due_s = min(session.due_s, session.pinged_s + self._limits.ping_interval_s)
-        wants = tuple(tv.Wanted(index=w.index, block_hash=w.block_hash, num_tokens=w.num_tokens) for w in spec.wants)
+        self._expect(session, session.pinged_s + self._limits.ping_interval_s)
+        wants = tuple([tv.Wanted(w.index, w.block_hash, w.num_tokens) for w in spec.wants])
         self._tell(
             session,
             tv.Pull(
@@ -271,16 +276,9 @@ class Sink:
         tier = grants[0].tier
         link = session.links.get(tier, NO_LINK)
         self._batch_id += 1
-        pieces = tuple(
-            tv.Piece(index=g.index, slot=g.slot, stamp=g.stamp, checksum=g.checksum, target=pull.targets[g.index])
-            for g in grants
-        )
+        pieces = tuple([tv.Piece(g.index, g.slot, g.stamp, g.checksum, pull.targets[g.index]) for g in grants])
         batch = tv.Batch(
-            batch=self._batch_id,
-            transfer_id=pull.spec.transfer_id,
-            tier=tier,
-            group=session.group,
-            pieces=pieces,
+            batch=self._batch_id, transfer_id=pull.spec.transfer_id, tier=tier, group=session.group, pieces=pieces
         )
         self._batches[batch.batch] = (session.session, pull, batch)
         session.num_batches += 1
@@ -335,7 +333,7 @@ class Sink:
         pull.error = error
         pull.granted.clear()
         pull.abort_by_s = now_s + self._limits.abort_timeout_s
-        session.due_s = min(session.due_s, pull.abort_by_s)
+        self._expect(session, pull.abort_by_s)
         if pull.asked:
             self._tell(session, tv.Abort(transfer_id=pull.spec.transfer_id, reason=str(error)))
         else:
@@ -368,6 +366,11 @@ class Sink:
         self._emit(tv.Ended(ended=ended, source=spec.source, busy_s=pull.busy_s))
 
     # ---- time ----
+
+    def _expect(self, session: SinkSession, due_s: float) -> None:
+        """`on_tick` has something to do for this session then."""
+        session.due_s = min(session.due_s, due_s)
+        self.tick_due_s = min(self.tick_due_s, due_s)
 
     def _check_deadlines(self, session: SinkSession, pull: PullState, now_s: float) -> None:
         if pull.error is None and now_s >= pull.deadline_s:

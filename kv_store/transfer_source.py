@@ -41,7 +41,7 @@ class Source:
         self._sessions: dict[SessionId, SourceSession] = {}
         self._serves: dict[ServeKey, Serve] = {}
         self._transmits: dict[tuple[SessionId, int], tuple[Serve, tuple[int, ...]]] = {}
-        self._tick_due_s = -math.inf  # before then, `on_tick` has nothing to do
+        self.tick_due_s = -math.inf  # before then, `on_tick` has nothing to do
         self.counts: Counter[str] = Counter()
 
     # ---- the node says ----
@@ -137,7 +137,7 @@ class Source:
         self._release_if_quiescent(serve, now_s)
 
     def on_tick(self, now_s: float) -> None:
-        if now_s < self._tick_due_s:
+        if now_s < self.tick_due_s:
             return
         for serve in list(self._serves.values()):
             if not serve.ending and now_s >= serve.deadline_s:
@@ -148,8 +148,8 @@ class Source:
         for session in list(self._sessions.values()):
             self._check_liveness(session, now_s)
         silence_s = self._limits.silence_s_max
-        self._tick_due_s = min([s.due_s(silence_s) for s in self._sessions.values()], default=math.inf)
-        self._tick_due_s = min(self._tick_due_s, self._attempts.due_s())
+        self.tick_due_s = min([s.due_s(silence_s) for s in self._sessions.values()], default=math.inf)
+        self.tick_due_s = min(self.tick_due_s, self._attempts.due_s())
 
     # ---- state ----
 
@@ -188,7 +188,7 @@ class Source:
             open_wants={want.index: want for want in pull.wants},
         )
         self._serves[serve.key] = session.serves[pull.transfer_id] = serve
-        self._tick_due_s = min(self._tick_due_s, serve.deadline_s, now_s + self._limits.silence_s_max)
+        self.tick_due_s = min(self.tick_due_s, serve.deadline_s, now_s + self._limits.silence_s_max)
         self._book.await_all(serve)
         self._begin(serve, now_s)
 
@@ -342,7 +342,7 @@ class Source:
             return
         self._stop(serve)
         serve.abort_by_s = now_s + self._limits.abort_timeout_s
-        self._tick_due_s = min(self._tick_due_s, serve.abort_by_s)
+        self.tick_due_s = min(self.tick_due_s, serve.abort_by_s)
         self._tell(serve.session, tv.Abort(transfer_id=serve.pull.transfer_id, reason=reason))
 
     def _stop(self, serve: Serve) -> None:

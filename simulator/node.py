@@ -37,8 +37,6 @@ from simulator.world import World
 
 TICK_S = 0.1
 """As node/loop.py's."""
-IDLE_TICKS = 50
-"""A transfer machine without transfers has nothing but records to forget, so it is asked this seldom."""
 
 Event = Callable[[float], list[Effect]]
 
@@ -118,7 +116,6 @@ class Node:
         self._busy = False
         self._inbox: deque[Event] = deque()
         self._serving = False
-        self._ticks = 0
         self.exchange = Exchange(world, peers, physics, parts.info, parts.transfers, self)
         self.exchange.matter = parts.matter
         peers.nodes[self.node_id] = self
@@ -241,10 +238,9 @@ class Node:
         """Deadlines, where there may be any. Called every TICK_S."""
         if not self.alive:
             return
-        self._ticks += 1
         if self.machine.tick_due_s() <= self.world.now_s:
             self.serve(self.machine.on_tick)
-        if not self.transfers.quiescent or self._ticks % IDLE_TICKS == 0:
+        if self.transfers.tick_due_s() <= self.world.now_s:
             self.transfer("on_tick")
 
     def _perform(self, effects: Sequence[Effect]) -> None:

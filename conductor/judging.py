@@ -242,16 +242,18 @@ def _claimed(claim: Claim, node_id: NodeId) -> Flight:
 
 
 def _flight(request: Request, attempt: Attempt, now_s: float, share: float = 1.0) -> Flight:
-    left_s = max(0.0, attempt.begun_s + attempt.predicted_s - now_s)
+    """In the order of its fields, without their names: a judgement makes one for every open request."""
+    spec, decode, joined_s, emitted = request.spec, attempt.decode, attempt.joined_s, len(request.emitted)
+    prefilled = attempt.first_token_id is not None
     return Flight(
-        decode_node=None if attempt.decode is None else attempt.decode.node_id,
-        tokens=len(request.spec.token_ids) + len(request.emitted),
-        emitted=len(request.emitted),
-        output_max=request.spec.sampling.max_tokens,
-        prefill_left_s=0.0 if attempt.first_token_id is not None else left_s,
-        decoding_for_s=None if attempt.joined_s is None else now_s - attempt.joined_s,
-        share=share,
-        reserved=attempt.reserved,
+        None if decode is None else decode.node_id,
+        len(spec.token_ids) + emitted,
+        emitted,
+        spec.sampling.max_tokens,
+        0.0 if prefilled else max(0.0, attempt.begun_s + attempt.predicted_s - now_s),
+        None if joined_s is None else now_s - joined_s,
+        share,
+        attempt.reserved,
     )
 
 

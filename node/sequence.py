@@ -53,10 +53,14 @@ class SequenceState:
         self._given = command.token_ids
         self._output: list[int] = []
         self._chain = chain
+        self._num_named = self.num_tokens  # tokens that the chain has
 
     @property
     def names(self) -> list[BlockHash]:
         """Names of all blocks whose tokens are known; borrowed, not to be modified."""
+        if self._num_named < self.num_tokens:  # a name is asked for once in a block, a token comes in every step
+            self._chain.extend(self._output[self._num_named - self.num_given_tokens :])
+            self._num_named = self.num_tokens
         return self._chain.hashes
 
     @property
@@ -106,12 +110,8 @@ class SequenceState:
     def want(self, index: int) -> Want:
         """What to ask a peer for, to fill the block `index` of the given tokens: by name, or the partial tail."""
         full = index < self.num_full_given
-        return Want(
-            index=index,
-            block_hash=self.names[index] if full else None,
-            num_tokens=self.block_size if full else self.tail_tokens,
-            slot=self.slots[index],
-        )
+        name, num_tokens = (self.names[index], self.block_size) if full else (None, self.tail_tokens)
+        return Want(index, name, num_tokens, self.slots[index])
 
     def next_slice(self, num_tokens: int) -> Slice:
         """The next `num_tokens` positions, sampled after if they are the last known ones."""
@@ -139,7 +139,6 @@ class SequenceState:
         """Append an output token; say whether, and why, it is the last one."""
         self._output.append(token_id)
         self.num_tokens += 1
-        self._chain.extend((token_id,))
         if token_id in self.sampling.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.num_output_tokens >= self.sampling.max_tokens else None
@@ -156,7 +155,6 @@ class SequenceState:
         self.num_computed_tokens += len(token_ids)
         self.num_tokens += len(token_ids)
         self._output.extend(token_ids)
-        self._chain.extend(token_ids)
 
 
 def token_of(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 
 from core.messages import AttemptStats
 from report.gaps import tbt_of
@@ -45,13 +44,13 @@ def seen_of(
     Args:
         first_came_s: when the first one was there; None: there is none, or it was not held.
     """
-    gaps, tbt = [later - earlier for earlier, later in pairwise(tokens_s)], tbt_of(tokens_s)
+    num_gaps, tbt = len(tokens_s) - 1, tbt_of(tokens_s)
     return Seen(
         tokenize_s=tokenized_s - arrived_s,
         ttft_s=tokens_s[0] - arrived_s if tokens_s else None,
         held_s=tokens_s[0] - first_came_s if tokens_s and first_came_s is not None else None,
-        second_gap_s=gaps[0] if gaps else None,
-        tbt_mean_s=(tokens_s[-1] - tokens_s[1]) / (len(gaps) - 1) if len(gaps) > 1 else None,
+        second_gap_s=tokens_s[1] - tokens_s[0] if num_gaps > 0 else None,
+        tbt_mean_s=(tokens_s[-1] - tokens_s[1]) / (num_gaps - 1) if num_gaps > 1 else None,
         tbt_worst_s=tbt.worst_s if tbt else None,
         tbt_max_s=tbt.max_s if tbt else None,
     )

@@ -267,10 +267,12 @@ class ConductorMachine:
                 self._membership.on_snapshot(worker, event, now_s)
             case Closed():
                 self._progress.on_closed(worker, event)
+                self._placer.offer(worker, now_s)
+            case AttemptFinished() | AttemptFailed():
+                self._progress.on_event(worker, event, now_s)
+                self._placer.offer(worker, now_s)
             case _:
                 self._progress.on_event(worker, event, now_s)
-        if isinstance(event, AttemptFinished | AttemptFailed | Closed):
-            self._placer.offer(worker, now_s)
 
     # ---- time ----
 

@@ -32,7 +32,7 @@ class Progress:
     def on_event(self, worker: Worker, event: AttemptEvent, now_s: float) -> None:
         """Only a present attempt's open leg is listened to."""
         desk, key = self._desk, (event.attempt_id, worker.node_id, worker.info.epoch)
-        if isinstance(event, AttemptFinished | AttemptFailed) and desk.closing.pop(key, None) is not None:
+        if isinstance(event, (AttemptFinished, AttemptFailed)) and desk.closing.pop(key, None) is not None:
             return  # it ended by itself while our cancel was on its way
         found = desk.current(event.attempt_id)
         if found is None:

@@ -261,7 +261,8 @@ class Worker:
 
     def sending_bytes(self, now_s: float) -> float:
         """What a transfer that is asked for now has in front of it."""
-        return sum([book.left(now_s) for book in self._sending.values()]) if self._sending else 0.0
+        under_way = [book for book in self._sending.values() if book.begin_s <= now_s < book.end_s]
+        return sum([book.left(now_s) for book in under_way]) if under_way else 0.0
 
     def book_sending(self, attempt_id: AttemptId, purpose: str, book: SendingBook) -> None:
         assert (attempt_id, purpose) not in self._sending, f"{attempt_id} {purpose} is booked for sending twice"

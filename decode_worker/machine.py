@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 from core.messages import (
     AttemptFinished,
@@ -303,8 +305,7 @@ class DecodeMachine:
         self.samples.add_step(batch=len(done.slices), kv_tokens=kv_tokens, seconds=seconds[-1])
         slices = []
         for attempt, part, token_ids in zip(self._attempts.of_pass(done), done.slices, results, strict=True):
-            for one_s in seconds:  # one by one: a sum would round differently
-                attempt.compute_s += one_s
+            attempt.compute_s = reduce(add, seconds, attempt.compute_s)  # one by one: a sum may round differently
             attempt.count_computed(part.start, len(token_ids))
             attempt.sequence.run(token_ids)
             slices.append(attempt.sequence.next_slice(1))

@@ -17,10 +17,10 @@ class Announcements:
         self._changes: dict[BlockCopy, bool] = {}  # True: stored, False: removed
 
     def stored(self, tier: Tier, name: BlockHash) -> None:
-        self._change(BlockCopy(block_hash=name, tier=tier), True)
+        self._change(BlockCopy(name, tier), True)
 
     def removed(self, tier: Tier, name: BlockHash) -> None:
-        self._change(BlockCopy(block_hash=name, tier=tier), False)
+        self._change(BlockCopy(name, tier), False)
 
     def take(self) -> KvEvents | None:
         """The next event, or None when nothing changed."""

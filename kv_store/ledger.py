@@ -81,7 +81,7 @@ class Ledger:
         return None if name is None else self._index.get(name)
 
     def place(self, slot: int) -> Place:
-        return Place(tier=self.tier, slot=slot, generation=self._slots[slot].generation)
+        return Place(self.tier, slot, self._slots[slot].generation)
 
     def state(self, slot: int) -> SlotState:
         return self._slots[slot].state
@@ -175,14 +175,16 @@ class Ledger:
         assert entry.state is not SlotState.FREE, f"slot {slot} is free"
         assert holder not in entry.holders, f"{holder} holds slot {slot} already"
         entry.holders.add(holder)
-        self._settle(slot)
+        if entry.state is not SlotState.PINNED:  # which it stays
+            self._settle(slot)
 
     def release(self, slot: int, holder: Holder) -> None:
         """Unnamed slots are freed with their last holder; visible ones become evictable, no more recent than before."""
         entry = self._slots[slot]
         assert holder in entry.holders, f"{holder} does not hold slot {slot}"
         entry.holders.remove(holder)
-        self._settle(slot)
+        if not entry.holders or entry.state is not SlotState.PINNED:  # which it stays
+            self._settle(slot)
 
     def touch(self, slot: int, now_s: float) -> None:
         """A sequence used this visible block; the policy takes it into account when the slot is next released."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from halfmoon.types import BlockHash, Tier
 from kv_store.values import Move
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cargo:
+class Cargo(NamedTuple):
     """What a move carries: a block's name, its parent's, and its place in the chain.
 
     No name: a private block, such as a partial tail.
@@ -18,7 +17,7 @@ class Cargo:
 
     name: BlockHash | None
     parent: BlockHash | None
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants here
 
 
 class MoveBook:

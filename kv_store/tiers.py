@@ -28,13 +28,15 @@ class _Table:
 
     def cargo(self, index: int) -> Cargo:
         """Block `index` as a move would carry it."""
-        return Cargo(name=self.names[index], parent=self._name_before(index), index=index)
+        return Cargo(self.names[index], self._name_before(index), index)
 
     def _name_before(self, index: int) -> BlockHash | None:
         if index == 0:
             return None
-        foretold = self.chain[index - 1] if index <= len(self.chain) else None
-        return self.names[index - 1] or foretold
+        known = self.names[index - 1]
+        if known is not None:
+            return known
+        return self.chain[index - 1] if index <= len(self.chain) else None
 
 
 @dataclass(kw_only=True)

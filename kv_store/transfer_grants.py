@@ -69,7 +69,7 @@ class GrantBook:
         if count == 0:
             self._last_stamp += 1
             stamp = self._last_stamp
-            self._emit(tv.Stamp(tier=tier, slot=slot, stamp=stamp))
+            self._emit(tv.Stamp(tier, slot, stamp))
         self._stamps[tier, slot] = (stamp, count + 1)
         serve.held[index] = Held(tier=tier, slot=slot, stamp=stamp, place=place)
         self.forget_want(serve, index)
@@ -83,7 +83,7 @@ class GrantBook:
         if count > 1:
             self._stamps[held.tier, held.slot] = (stamp, count - 1)
         else:
-            self._emit(tv.Stamp(tier=held.tier, slot=held.slot, stamp=0))
+            self._emit(tv.Stamp(held.tier, held.slot, 0))
         if held.place is not None:
             self._pins.unpin_copy(held.place, serve.holder)
 

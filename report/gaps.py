@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from operator import sub
 from typing import NamedTuple
 
 WORST_ONE_IN = 10
@@ -20,7 +20,7 @@ class Tbt(NamedTuple):
 
 def tbt_of(arrivals_s: Sequence[float]) -> Tbt | None:
     """Of the moments at which a request's tokens came, in order; None: fewer than two."""
-    gaps = sorted([later - earlier for earlier, later in pairwise(arrivals_s)])
+    gaps = sorted(map(sub, arrivals_s[1:], arrivals_s))
     if not gaps:
         return None
     worst = gaps[len(gaps) - (len(gaps) + WORST_ONE_IN - 1) // WORST_ONE_IN :]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 from engine.protocol import Sampled
@@ -177,11 +178,9 @@ class Cruise(Compute):
         if num <= known:
             del self._ends[num + 1 :], self._seconds[num + 1 :]
             return
-        end_s = self._ends[-1]
-        for seconds in self.engine.ahead(work, num)[known:]:
-            end_s += seconds
-            self._ends.append(end_s)
-            self._seconds.append(seconds)
+        seconds = self.engine.ahead(work, num)[known:]
+        self._seconds += seconds
+        self._ends += accumulate(seconds, initial=self._ends.pop())
 
     def _num_steady(self, work: Pass) -> int:
         return min(self._machine.plain_steps(), self.engine.steady_steps(work)) if self._calm(work) else 0

@@ -12,6 +12,8 @@ from node.effects import Pass
 from simulator.hardware_values import Hardware
 from simulator.prompts import SAMPLED_STOP, STOP, Planned
 
+DRAWN = 128
+"""Noise values at once, where one is asked for."""
 KEEP_MAX = 4096
 """Noise values that have been used are dropped in portions of this many."""
 
@@ -27,7 +29,7 @@ class Noise:
 
     def next(self) -> float:
         if self._at == len(self._values):
-            self.ahead(1)
+            self.ahead(DRAWN)
         value = self._values[self._at]
         self.skip(1)
         return value
@@ -108,12 +110,12 @@ class TrueEngine:
         )
 
     def ahead(self, work: Pass, num_steps: int) -> list[float]:
-        batch, kv_tokens = len(work.slices), sum([part.end for part in work.slices])
-        seconds = []
-        for factor in self._noise.ahead(num_steps):
-            kv_tokens += batch
-            seconds.append(self._step_s(batch, kv_tokens) * factor)
-        return seconds
+        hardware, batch = self._hardware, len(work.slices)
+        constant, per_token = hardware.decode_step_s + hardware.decode_sequence_s * batch, hardware.decode_token_s
+        first = sum([part.end for part in work.slices]) + batch
+        kv_tokens = range(first, first + num_steps * batch, batch)
+        factors = self._noise.ahead(num_steps)
+        return [(constant + per_token * kv) * factor for kv, factor in zip(kv_tokens, factors, strict=True)]
 
     def skip(self, num_steps: int) -> None:
         self._noise.skip(num_steps)

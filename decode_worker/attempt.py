@@ -79,7 +79,8 @@ class DecodeAttempt(Attempt):
     def count_computed(self, start: int, num_tokens: int) -> None:
         """Steps have computed these positions. Those of the given tokens were another worker's to compute."""
         self.computed_tokens += num_tokens
-        self.prefilled_tokens += max(0, min(num_tokens, self.sequence.num_given_tokens - start))
+        if start < self.sequence.num_given_tokens:
+            self.prefilled_tokens += min(num_tokens, self.sequence.num_given_tokens - start)
 
     def stats(self, node_id: NodeId) -> AttemptStats:
         """What it took so far."""

@@ -96,7 +96,7 @@ class DecodeMachine:
         )
         self._room = Room(cache, self._attempts)
         self._pass: Pass | None = None
-        self._waits = False  # somebody, for room
+        self._waits = False  # somebody, for room, when effects were last taken
 
     # ---- commands ----
 
@@ -130,6 +130,7 @@ class DecodeMachine:
             self._attempts.refuse(command.attempt_id, RefusalReason.TOO_LONG)
         else:
             self._attempts.add(attempt)
+            self._waits = True
 
     def _on_start(self, command: StartCommand, now_s: float) -> None:
         attempt = self._attempts.get(command.attempt_id)
@@ -246,7 +247,8 @@ class DecodeMachine:
     def decide(self, now_s: float) -> Pass | None:
         """The next step: one token of each sequence. May grow tables, and preempt for it."""
         assert self._pass is None, "one pass at a time"
-        self._room.rescue(now_s)
+        if self._waits:  # else nobody is parked
+            self._room.rescue(now_s)
         batch = next_batch(
             self._attempts.live(),
             sequences_max=self.config.sequences_max,
@@ -377,13 +379,10 @@ class DecodeMachine:
 
     def effects(self, now_s: float) -> list[Effect]:
         """What was decided, after using whatever room the last event has made: for the preempted first."""
-        self._waits = self._somebody_waits()
-        if self._waits:
+        if self._waits or self._room.parked:
+            self._room.parked = False
             for attempt in self._room.resume(now_s):
                 self._join_if_complete(attempt, now_s)
             self._admit_waiting(now_s)
-            self._waits = self._somebody_waits()
+            self._waits = any(a.phase in WAITS and not a.ending for a in self._attempts.all())
         return self._attempts.take_effects()
-
-    def _somebody_waits(self) -> bool:
-        return bool([a for a in self._attempts.all() if a.phase in WAITS and not a.ending])  # asked at every event

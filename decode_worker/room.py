@@ -27,11 +27,16 @@ class Admission(enum.Enum):
 
 
 class Room:
-    """The decode machine's hold on the cache. Modifies the attempts' tables and phases."""
+    """The decode machine's hold on the cache. Modifies the attempts' tables and phases.
+
+    Attributes:
+        parked: somebody has been, since its owner last made this False.
+    """
 
     def __init__(self, cache: KvCache, attempts: Attempts[DecodeAttempt]) -> None:
         self._cache = cache
         self._attempts = attempts
+        self.parked = False
 
     # ---- admission ----
 
@@ -99,7 +104,7 @@ class Room:
     def _park(self, victim: DecodeAttempt, now_s: float) -> bool:
         if not self._cache.park(victim.attempt_id, victim.num_blocks_used, now_s):
             return False
-        victim.phase = Phase.PARKED
+        victim.phase, self.parked = Phase.PARKED, True
         victim.sequence.slots = ()
         victim.preemptions += 1
         return True

@@ -138,7 +138,7 @@ class StreamLog:
 
     def _append(self, token: Token, now_s: float) -> list[Token]:
         appended = [token]
-        while appended[-1].finish_reason is None and appended[-1].index + 1 in self._ahead:
+        while self._ahead and appended[-1].finish_reason is None and appended[-1].index + 1 in self._ahead:
             appended.append(self._ahead.pop(appended[-1].index + 1))
         if not self._ids:
             self.first_came_s = now_s

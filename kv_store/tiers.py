@@ -154,9 +154,10 @@ class KvCache:
         table = self._running(owner)
         if not 0 <= index < len(table.slots):
             raise ValueError(f"{owner} has no block {index}")
-        if table.names[index] not in (None, block_hash):
-            raise ValueError(f"block {index} of {owner} has another name already")
-        if table.names[index] is not None:
+        known = table.names[index]
+        if known is not None:
+            if known != block_hash:
+                raise ValueError(f"block {index} of {owner} has another name already")
             return
         table.names[index] = block_hash
         if self._tiers.device.find(block_hash) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from halfmoon.types import Epoch, NodeId, Tier, TransferId
 from kv_store import transfer_values as tv
@@ -43,12 +44,13 @@ class Serve:
     abort_asked: bool = False  # the sink waits for our Aborted
     abort_by_s: float = 0.0
 
-    @property
+    @cached_property
     def key(self) -> ServeKey:
         return self.session, self.pull.transfer_id
 
-    @property
+    @cached_property
     def holder(self) -> str:
+        """Its name in the cache's books, where it stands beside every block that it holds."""
         return f"{self.pull.transfer_id}@{self.session}"
 
     @property

@@ -250,7 +250,7 @@ class DecodeMachine:
         if self._waits:  # else nobody is parked
             self._room.rescue(now_s)
         batch = next_batch(
-            self._attempts.live(),
+            [a for a in self._attempts.all() if a.joined],  # most of the others are being pulled
             sequences_max=self.config.sequences_max,
             grow=lambda attempt: self._room.grow(attempt, now_s),
         )
@@ -330,7 +330,7 @@ class DecodeMachine:
         finish_reason = sequence.append(sampled.token_id)
         stats = attempt.stats(self._node_id) if finish_reason else None
         token = token_of(sequence, sampled, finish_reason, stats)
-        self._attempts.emit(Emit(front_end=attempt.front_end, token=token))
+        self._attempts.emit(Emit(attempt.front_end, token))
         if finish_reason is not None:
             self._finish(attempt, finish_reason, now_s)
 

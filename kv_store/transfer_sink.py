@@ -154,6 +154,7 @@ class Sink:
 
     def check_invariants(self) -> None:
         assert len(self._batches) <= self._limits.batches_max
+        assert all(session.due_s >= self.tick_due_s for session in self._sessions.values())
         in_flight = Counter(id(pull) for _, pull, _ in self._batches.values())
         for pull, _ in self._pulls.values():
             assert pull.in_flight == in_flight[id(pull)]

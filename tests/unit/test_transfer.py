@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from halfmoon.errors import IntegrityError, PeerLost, TransferAborted, TransferError, TransferTimeout
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, RequestId, Tier, TransferId
 from kv_store.transfer import TransferMachine
@@ -227,9 +229,11 @@ def test_a_silent_source_is_pinged_and_then_lost() -> None:
     machine = sink(silence_s_max=2.0, ping_interval_s=0.5)
     machine.start_pull(spec(0), 0.0)
     assert told(machine.on_tick(0.5)) == [Ping()]
+    assert machine.tick_due_s() == 1.0
     assert told(machine.on_tick(0.9)) == []
     silent = machine.on_tick(2.1)
     assert [type(e) for e in silent] == [Hangup, Ended]
+    assert machine.tick_due_s() == math.inf
     assert type(ended(silent).error) is PeerLost
 
 

@@ -8,7 +8,7 @@ else's: a trace names the blocks of a chat's next turn anew, and says nothing of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from core.messages import PrefillCommand, ReserveCommand
 from engine.protocol import Sampled
@@ -33,6 +33,7 @@ class Planned:
         output_tokens: how long its output will be, the stop token included. Told to nobody.
         token_ids, hashes: forgotten when it has ended.
         prefill_s: what prefill workers have spent on it so far, all attempts together.
+        stops_after: so many tokens, prompt and output, its stop token comes.
     """
 
     request_id: RequestId
@@ -42,6 +43,10 @@ class Planned:
     hashes: tuple[BlockHash, ...]
     token: Sampled
     prefill_s: float = 0.0
+    stops_after: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stops_after = self.input_tokens + self.output_tokens - 1
 
 
 SAMPLED_STOP = Sampled(token_id=STOP)

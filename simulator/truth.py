@@ -88,7 +88,7 @@ class TrueEngine:
         if part.sampling is None:
             return None
         planned = self._planned[attempt_id.request_id]
-        return planned.token if part.end - planned.input_tokens < planned.output_tokens - 1 else SAMPLED_STOP
+        return planned.token if part.end < planned.stops_after else SAMPLED_STOP
 
     def _chunk_s(self, part: Slice) -> float:
         new, hardware = len(part.token_ids), self._hardware
@@ -101,13 +101,8 @@ class TrueEngine:
     # ---- many steps ----
 
     def steady_steps(self, work: Pass) -> int:
-        planned = self._planned
-        return min(
-            [
-                planned[a.request_id].output_tokens - 1 - part.end + planned[a.request_id].input_tokens
-                for a, part in zip(work.attempts, work.slices, strict=True)
-            ]
-        )
+        planned, parts = self._planned, zip(work.attempts, work.slices, strict=True)
+        return min([planned[attempt_id.request_id].stops_after - part.end for attempt_id, part in parts])
 
     def ahead(self, work: Pass, num_steps: int) -> list[float]:
         hardware, batch = self._hardware, len(work.slices)

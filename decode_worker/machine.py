@@ -32,7 +32,7 @@ from kv_store.tiers import KvCache
 from kv_store.values import Move, PullEnded
 from node.attempts import Attempt, AttemptNumbers, Attempts, due_s, kind_of, require
 from node.effects import Effect, Emit, Pass
-from node.measures import Samples, with_cache_room
+from node.measures import Samples, load_report
 from node.sequence import Namer, SequenceState, namer, token_of
 
 WAITS = (Phase.WAITING, Phase.PARKED)
@@ -306,7 +306,7 @@ class DecodeMachine:
         kv_tokens = sum([part.end for part in done.slices]) + len(done.slices) * (len(seconds) - 1)
         self.samples.add_step(batch=len(done.slices), kv_tokens=kv_tokens, seconds=seconds[-1])
         slices = []
-        for attempt, part, token_ids in zip(self._attempts.of_pass(done), done.slices, results, strict=True):
+        for attempt, part, token_ids in zip(self._attempts.named(done.attempts), done.slices, results, strict=True):
             attempt.compute_s = reduce(add, seconds, attempt.compute_s)  # one by one: a sum may round differently
             attempt.count_computed(part.start, len(token_ids))
             attempt.sequence.run(token_ids)
@@ -365,14 +365,14 @@ class DecodeMachine:
 
     def load(self) -> LoadReport:
         running_sequences, kv_tokens = self.decoding()
-        report = LoadReport(
-            queued_attempts=sum(a.phase is Phase.WAITING for a in self._attempts.live()),
+        return load_report(
+            self._cache,
+            self.samples,
+            queued_attempts=sum([a.phase is Phase.WAITING for a in self._attempts.live()]),
             running_sequences=running_sequences,
             kv_tokens=kv_tokens,
             draining=self._attempts.draining,
-            passes=self.samples.take(),
         )
-        return with_cache_room(report, self._cache)
 
     def attempts(self) -> tuple[AttemptId, ...]:
         return self._attempts.ids()

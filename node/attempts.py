@@ -297,9 +297,9 @@ class Attempts(Generic[A]):
         """The pass is over. Returns its attempts in order; None for one that has ended meanwhile, and is released."""
         return [self._left_pass(self._live[attempt_id], seconds, now_s) for attempt_id in over.attempts]
 
-    def of_pass(self, work: Pass) -> list[A]:
-        """The attempts of a pass that is out, in order."""
-        return [self._live[attempt_id] for attempt_id in work.attempts]
+    def named(self, attempts: Iterable[AttemptId]) -> list[A]:
+        """In order; all of them are here."""
+        return [self._live[attempt_id] for attempt_id in attempts]
 
     def _left_pass(self, attempt: A, seconds: float, now_s: float) -> A | None:
         assert attempt.in_pass, "released in mid-pass"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import replace
 
 from core.messages import LoadReport, PassSample
 from engine.protocol import Slice
@@ -57,11 +56,25 @@ class Samples:
         return taken
 
 
-def with_cache_room(report: LoadReport, cache: KvCache) -> LoadReport:
-    """The report, completed with what the cache says of its tiers. (The block store measures transfers.)"""
+def load_report(
+    cache: KvCache,
+    samples: Samples,
+    *,
+    queued_attempts: int,
+    queued_tokens: int = 0,
+    running_sequences: int = 0,
+    kv_tokens: int = 0,
+    draining: bool,
+) -> LoadReport:
+    """With what the cache says of its tiers, and the samples, which are taken. (The block store measures transfers.)"""
     free = cache.free(Tier.DEVICE)
-    return replace(
-        report,
+    return LoadReport(
+        queued_attempts=queued_attempts,
+        queued_tokens=queued_tokens,
+        running_sequences=running_sequences,
+        kv_tokens=kv_tokens,
+        draining=draining,
+        passes=samples.take(),
         free_device_blocks=free,
         evictable_device_blocks=cache.available(Tier.DEVICE) - free,
         free_dram_blocks=cache.free(Tier.DRAM),

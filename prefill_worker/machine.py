@@ -24,7 +24,7 @@ from kv_store.tiers import KvCache
 from kv_store.values import Move, PullEnded
 from node.attempts import AttemptNumbers, Attempts, due_s, require
 from node.effects import Effect, Emit, HandOver, Pass
-from node.measures import Samples, with_cache_room
+from node.measures import Samples, load_report
 from node.sequence import Namer, SequenceState, namer, token_of
 from prefill_worker.attempt import PrefillAttempt
 from prefill_worker.batcher import next_chunks
@@ -226,20 +226,20 @@ class PrefillMachine:
     def decide(self, now_s: float, tokens_max: int | None = None) -> Pass | None:
         """The next chunks. `tokens_max`: less than the setting, where a pass is shared with decoding."""
         assert self._pass is None, "one pass at a time"
-        computable = {a.attempt_id: a for a in self._attempts.live() if a.computable}
+        computable = (a for a in self._attempts.all() if a.computable and not a.ending)
         limit = self.config.tokens_per_pass_max
         chunks = next_chunks(
-            [(a.attempt_id, a.sequence.num_left) for a in computable.values()],
+            ((a.attempt_id, a.sequence.num_left) for a in computable),
             tokens_max=limit if tokens_max is None else min(limit, tokens_max),
             sequences_max=self.config.sequences_per_pass_max,
         )
         if not chunks:
             return None
-        self._attempts.enter_pass(computable[c.attempt_id] for c in chunks)
-        self._pass = Pass(
-            attempts=tuple(c.attempt_id for c in chunks),
-            slices=tuple(computable[c.attempt_id].sequence.next_slice(c.num_tokens) for c in chunks),
-        )
+        names = tuple([c.attempt_id for c in chunks])
+        batch = self._attempts.named(names)
+        self._attempts.enter_pass(batch)
+        slices = [a.sequence.next_slice(c.num_tokens) for a, c in zip(batch, chunks, strict=True)]
+        self._pass = Pass(attempts=names, slices=tuple(slices))
         return self._pass
 
     def account(self, done: Pass, results: Sequence[Sampled | None], seconds: float, now_s: float) -> list[Effect]:
@@ -325,13 +325,13 @@ class PrefillMachine:
 
     def load(self) -> LoadReport:
         live = [a for a in self._attempts.live() if not a.held]
-        report = LoadReport(
-            queued_attempts=sum(not a.opened for a in live),
-            queued_tokens=sum(a.sequence.num_left for a in live),
+        return load_report(
+            self._cache,
+            self.samples,
+            queued_attempts=sum([not a.opened for a in live]),
+            queued_tokens=sum([a.sequence.num_left for a in live]),
             draining=self._attempts.draining,
-            passes=self.samples.take(),
         )
-        return with_cache_room(report, self._cache)
 
     def attempts(self) -> tuple[AttemptId, ...]:
         return self._attempts.ids()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from halfmoon.types import BlockHash
 from kv_store.eviction import Queue
 
@@ -28,7 +30,7 @@ class S3Fifo:
         self._names: dict[int, BlockHash] = {}
         self._uses: dict[int, int] = {}
         self._arrived: dict[int, int] = {}  # place in its queue; kept while the slot is held
-        self._gone: dict[BlockHash, None] = {}
+        self._gone: OrderedDict[BlockHash, None] = OrderedDict()  # a dict's first key costs more with each one taken
         self._serial = 0
 
     def on_stored(self, slot: int, name: BlockHash, index: int, now_s: float) -> None:
@@ -97,4 +99,4 @@ class S3Fifo:
         self._gone.pop(name, None)
         self._gone[name] = None
         while len(self._gone) > self._num_slots:
-            del self._gone[next(iter(self._gone))]
+            self._gone.popitem(last=False)

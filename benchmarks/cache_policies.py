@@ -2,9 +2,10 @@
 
 Every id of the trace counts as a block, the partial last one too. A request's blocks are looked up, held while its
 missing ones take slots that the policy gives up, and let go last to first, as a worker's ledger does, and chain tails
-are evicted first. The "_plain" policies are the textbook's: each block by itself, nothing held, no chains. "leased" is
-fitted to the first half of the trace alone, for each pool size, and every policy is judged on the second half beside
-the whole; "belady" knows the future. A hit is a block that is there, a prefix hit one with no missing block before it.
+are evicted first. The "_plain" policies are the textbook's: each block by itself, nothing held, no chains. "leased"
+learns as it goes; "leased_fitted" has leases fitted to the first half of the trace alone, for each pool size; "belady"
+knows the future. Every policy is judged on the second half beside the whole. A hit is a block that is there, a prefix
+hit one with no missing block before it.
 
     python -m benchmarks.cache_policies [--trace conversation_trace.jsonl] [--processes 2]
 """
@@ -24,15 +25,16 @@ from halfmoon.errors import NotFound, TraceError
 from halfmoon.types import BlockHash
 from kv_store.eviction import EvictionPolicy
 from kv_store.eviction_belady import Belady
-from kv_store.eviction_leases import Leased, fit_leases
+from kv_store.eviction_leases import Leased
 from kv_store.eviction_policies import POLICIES, make_policy
+from kv_store.leases import fit_leases
 from workload.files import CONVERSATION, read_trace
 from workload.trace import Trace
 
 SIZES = (1_000, 5_859, 10_000, 30_000, 50_000, 100_000, 0)
 """Blocks of the pool; 5,859 is one node of FAST'25's experiments, 0 is room for all."""
 
-NAMES = ("lru_plain", *POLICIES, "leased", "belady", "belady_plain")
+NAMES = ("lru_plain", *POLICIES, "leased_fitted", "belady", "belady_plain")
 PLAIN = "_plain"
 
 
@@ -141,9 +143,9 @@ def _policy(name: str, num_slots: int, trace: Trace, prompts: Sequence[Sequence[
             for block in prompt:
                 uses[block].append(float(number))
         return Belady(uses)
-    if name == "leased":
+    if name == "leased_fitted":
         first_half = trace.requests[: len(trace.requests) // 2]
-        return Leased(fit_leases(((r.at_s, r.block_ids) for r in first_half), num_slots), num_slots)
+        return Leased(num_slots, fit_leases(((r.at_s, r.block_ids) for r in first_half), num_slots))
     return make_policy(name, num_slots)
 
 

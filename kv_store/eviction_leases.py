@@ -1,146 +1,71 @@
 """Pure: a workload-aware policy: a block is leased so many seconds from its last use; the first to expire leaves first.
 
-How many seconds depends on two facts: how often sequences have used the block (a chat's next turns come more surely,
-and sooner, the more there were), remembered beyond its eviction, and its place in the chain (shared system prompts
-come first, a question's own text last). `fit_leases` learns them from a trace that has ended:
-
-1. For each class of blocks: the survival curve of the time to the next use (Kaplan-Meier: what was not used again by
-   the trace's end counts as "not yet").
-2. A lease of t seconds in a class earns F(t) hits, the share used again by then, and costs the slot for the mean of
-   min(time to next use, t), A(t) slot-seconds, each time.
-3. Every class takes the lease that maximises F(t) - price * A(t), and the price is the lowest at which all leases
-   together fit into the slots. So a slot-second earns the same everywhere at the margin.
-
-Under more pressure than the fit foresaw the policy is LRU with a head start per class.
+How many seconds depends on the block's uses so far, remembered beyond its eviction, and on its place in the chain
+(`leases.py`). A tier learns them from its own uses: it starts as LRU and asks its learner again every minute. Under
+more pressure than the learner foresaw the policy is LRU with a head start per class.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import OrderedDict
 
 from halfmoon.types import BlockHash
 from kv_store.eviction import RankedPolicy
+from kv_store.leases import COHORT_S, Class, LeaseLearner, Leases, class_of
 
-USES_MAX = 5  # as many and more are one class
-INDEX_BOUNDS = (0, 1, 2, 4, 8, 16, 32)  # classes by place in the chain: 0, 1, 2, 3-4, 5-8, ... and beyond
-GRID_S = (0, 6, 12, 18, 24, 30, 36, 42, 48, 54, 60, 75, 90, 105, 120, 150, 180, 210, 240, 300, 360, 420, 480, 600,
-          720, 900, 1200, 1500, 1800)  # fmt: skip
-"""Leases that there are to choose from."""
-
-REMEMBERED_PER_SLOT = 8  # names with their use counts, 100 bytes each: what left longer ago begins anew
-BISECTIONS = 60
-
-Class = tuple[int, int]
-"""Uses so far, 1 to USES_MAX, and which of the places in the chain."""
-
-
-def class_of(uses: int, index: int) -> Class:
-    return min(uses, USES_MAX), bisect_left(INDEX_BOUNDS, index)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leases:
-    """Seconds by class. A class that the fit never saw gets none.
-
-    Args:
-        price: hits that the last slot-second earns.
-    """
-
-    seconds: dict[Class, float]
-    price: float
-
-    def of(self, uses: int, index: int) -> float:
-        return self.seconds.get(class_of(uses, index), 0.0)
+REMEMBERED_PER_SLOT = 8  # names with class and last use; what was used longer ago begins anew
 
 
 class Leased(RankedPolicy):
     """Earliest end of its lease first.
 
+    A block waits from one letting go to the next, so a lease covers the time that the next sequence takes, too. In
+    DRAM a block begins to wait when it comes from DEVICE, unasked: it has one use less.
+
     Args:
-        num_slots: of the tier; bounds how many names' uses are remembered, the longest unseen forgotten first.
+        num_slots: of the tier; bounds how many names are remembered, the longest waiting forgotten first.
+        fitted: leases that stay; None: they are learned.
     """
 
-    def __init__(self, leases: Leases, num_slots: int) -> None:
+    def __init__(self, num_slots: int, fitted: Leases | None = None) -> None:
         super().__init__()
-        self._leases = leases
-        self._remembered_max = REMEMBERED_PER_SLOT * num_slots
-        self._uses: dict[BlockHash, int] = {}
+        self._num_slots = num_slots
+        self._learner = LeaseLearner()
+        self._learns = fitted is None
+        self._learned_minute: int | None = None
+        self._leases = Leases() if fitted is None else fitted
+        self._waits: OrderedDict[BlockHash, tuple[Class, float]] = OrderedDict()  # since when; first is longest
         self._blocks: dict[int, tuple[BlockHash, int]] = {}
+        self._unasked: dict[int, float] = {}  # stored when, and not used or offered since
 
     def rank_stored(self, slot: int, name: BlockHash, index: int, now_s: float) -> tuple[float, ...]:
         self._blocks[slot] = (name, index)
+        self._unasked[slot] = now_s
         return (now_s,)
 
     def rank_used(self, slot: int, now_s: float) -> tuple[float, ...]:
+        self._unasked.pop(slot, None)
+        return self._lease(slot, now_s, is_used=True)
+
+    def offer(self, slot: int, *, is_tail: bool) -> None:
+        if slot in self._unasked:
+            self._set(slot, self._lease(slot, self._unasked.pop(slot), is_used=False))
+        super().offer(slot, is_tail=is_tail)
+
+    def _lease(self, slot: int, now_s: float, *, is_used: bool) -> tuple[float, ...]:
+        """The block's wait ends, if it is remembered; the next begins, and with it a lease."""
+        minute = int(now_s // COHORT_S)
+        if self._learns and minute != self._learned_minute:
+            self._learned_minute = minute
+            self._leases = self._learner.leases(now_s, self._num_slots)
         name, index = self._blocks[slot]
-        uses = self._uses.pop(name, 0) + 1
-        self._uses[name] = uses
-        if len(self._uses) > self._remembered_max:
-            del self._uses[next(iter(self._uses))]
-        return (now_s + self._leases.of(uses, index),)
-
-
-# ---- fitting -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Curve:
-    """Of one class, at each of GRID_S: uses per second that begin a lease, F and A of the module's docstring."""
-
-    rate_per_s: float
-    hits: Sequence[float]
-    slot_s: Sequence[float]
-
-    def best(self, price: float) -> int:
-        return max(range(len(GRID_S)), key=lambda g: self.hits[g] - price * self.slot_s[g])
-
-
-def fit_leases(uses: Iterable[tuple[float, Sequence[int]]], num_slots: int) -> Leases:
-    """Leases for a tier of `num_slots`, from a trace: when, and the names of one prompt's successive blocks."""
-    gaps, duration_s = _gaps(uses)
-    curves = {kind: _curve(found, duration_s) for kind, found in gaps.items()}
-    low, high = 1e-7, 1.0
-    for _ in range(BISECTIONS):
-        price = (low * high) ** 0.5
-        occupied = sum(c.rate_per_s * c.slot_s[c.best(price)] for c in curves.values())
-        low, high = (price, high) if occupied > num_slots else (low, price)
-    return Leases(seconds={kind: float(GRID_S[c.best(high)]) for kind, c in curves.items()}, price=high)
-
-
-def _gaps(uses: Iterable[tuple[float, Sequence[int]]]) -> tuple[dict[Class, list[tuple[float, bool]]], float]:
-    """By class: seconds to the next use, True, or to the end without one, False. And the trace's duration."""
-    last: dict[int, tuple[float, Class]] = {}
-    counts: defaultdict[int, int] = defaultdict(int)
-    gaps: defaultdict[Class, list[tuple[float, bool]]] = defaultdict(list)
-    start_s = end_s = 0.0
-    for number, (at_s, names) in enumerate(uses):
-        start_s, end_s = (at_s if number == 0 else start_s), at_s
-        for index, name in enumerate(names):
-            if name in last:
-                used_s, kind = last[name]
-                gaps[kind].append((at_s - used_s, True))
-            counts[name] += 1
-            last[name] = (at_s, class_of(counts[name], index))
-    for used_s, kind in last.values():
-        gaps[kind].append((end_s - used_s, False))
-    return gaps, max(end_s - start_s, 1e-9)
-
-
-def _curve(gaps: list[tuple[float, bool]], duration_s: float) -> _Curve:
-    """Kaplan-Meier on the grid; those whose end is not known leave in the middle of their interval."""
-    gaps.sort()
-    hits, slot_s, surviving, passed = [0.0], [0.0], 1.0, 0
-    for low, high in pairwise(GRID_S):
-        at_risk, ended, unknown = len(gaps) - passed, 0, 0
-        while passed < len(gaps) and gaps[passed][0] <= high:
-            ended, unknown = ended + gaps[passed][1], unknown + (not gaps[passed][1])
-            passed += 1
-        hazard = min(1.0, ended / max(1.0, at_risk - unknown / 2))
-        slot_s.append(slot_s[-1] + (high - low) * surviving * (1 - hazard / 2))
-        surviving *= 1 - hazard
-        hits.append(1 - surviving)
-    return _Curve(rate_per_s=len(gaps) / duration_s, hits=hits, slot_s=slot_s)
+        old = self._waits.pop(name, None)
+        if old is not None:
+            self._learner.ended(*old, now_s, is_used=is_used)
+        kind = class_of((0 if old is None else old[0][0]) + is_used, index)
+        self._learner.began(kind, now_s)
+        self._waits[name] = (kind, now_s)
+        if len(self._waits) > REMEMBERED_PER_SLOT * self._num_slots:
+            _, forgotten = self._waits.popitem(last=False)
+            self._learner.ended(*forgotten, now_s, is_used=False)
+        return (now_s + self._leases.of(kind),)

@@ -27,7 +27,7 @@ class NodeConfig:
         device: "cpu", or "cuda:N": where the engine computes and the DEVICE tier lies.
         device_blocks, device_mib: size of the DEVICE tier; blocks win; both 0: a share of what is free there.
         dram_blocks, dram_mib: the same for DRAM; dram_mib -1: no DRAM tier.
-        eviction: which cached blocks leave first: "lru", "lfu", "length_aware" or "s3fifo" (docs/glossary.md).
+        eviction: which cached blocks leave first: "lru", "lfu", "length_aware", "s3fifo", "leased" (docs/glossary.md).
         threads: compute threads.
         cores: CPU cores that the process is pinned to; empty: not pinned.
         link: "auto", or the one link that may be used.

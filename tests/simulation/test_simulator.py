@@ -280,7 +280,7 @@ def test_evictions_decide_what_is_found_again() -> None:
     small = {"hardware": {"prefill_blocks": 30}, "prefill": 1}
     found = {
         name: sum(row.hit_tokens_device for row in run(5, 120, eviction=name, **small).requests)
-        for name in ("lru", "lfu", "length_aware", "s3fifo")
+        for name in ("lru", "lfu", "length_aware", "s3fifo", "leased")
     }
     assert len(set(found.values())) >= 3, found
     assert run(5, 60).digest == run(5, 60, eviction="lru").digest

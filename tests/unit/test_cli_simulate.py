@@ -128,7 +128,7 @@ def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> 
         (("--slo-tbt", "0"), ("simulate.slo-tbt:", "seconds, above 0")),
         (("--belief", "0"), ("simulate.belief:", "0.01 to 100 times the truth")),
         (("--jitter", "-1"), ("simulate.jitter:", "0 (off) to 3600 s")),
-        (("--eviction", "wishful"), ("simulate.eviction", "'wishful'", "lru, lfu, length_aware, s3fifo")),
+        (("--eviction", "wishful"), ("simulate.eviction", "'wishful'", "lru, lfu, length_aware, s3fifo, leased")),
         (("--hardware", "/nowhere/node.yaml"), ("hardware", "'/nowhere/node.yaml'", "no such file")),
         (("--faults", "slow_tier=50"), ("faults.slow_tier", "no node has a DRAM tier", "a800-llama-70b-dram")),
         (("--trace", "/nowhere/trace.jsonl"), ("/nowhere/trace.jsonl",)),

@@ -32,7 +32,10 @@ BLOCK = 368_640  # the default model's, in bfloat16
         ({"report_interval_s": 0.0}, "config node.report_interval_s"),
         ({"listen": "0.0.0.0:50000"}, "config node.advertise"),
         ({"log_level": "loud"}, "config node.log_level"),
-        ({"eviction": "fifo"}, "config node.eviction: got 'fifo'; expected one of lru, lfu, length_aware, s3fifo"),
+        (
+            {"eviction": "fifo"},
+            "config node.eviction: got 'fifo'; expected one of lru, lfu, length_aware, s3fifo, leased",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -68,7 +68,7 @@ class AdmissionConfig:
     defer_s_max: float = 600.0
     deferred_max: int = 1024
     backfill: int = 8
-    size_fairness: float = 0.42
+    size_fairness: float = 0.22
     patience_s: float = 30.0
     priority_step_s: float = 10.0
     class_headroom: float = 0.05

@@ -1,7 +1,7 @@
 """Shell: admission under overload on a real trace, in simulation: what is refused, what is wasted, what is served.
 
     python -m benchmarks.overload [--case decode-bound] [--seeds 10] [--speedups 1,2,3]
-                                  [--policies baseline,early,predictive,forecast] [--requests N]
+                                  [--policies baseline,early,early+defer,predictive,forecast] [--requests N]
     python -m benchmarks.overload --find-balanced [--seeds 2]
 
 *Decode-bound*: 8 prefill and 2 decode nodes of the paper's kind, room for 400,000 tokens of KV a decode node, output
@@ -15,9 +15,10 @@ believed 20 % off at first, and learned. Figures are means over the seeds, with 
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import click
@@ -40,7 +41,7 @@ from workload.trace import Trace
 from workload.transforms import TICK_S
 
 HARDWARE = "a800-llama-70b"
-POLICIES = ("baseline", "early", "predictive", "forecast")
+POLICIES = ("baseline", "early", "early+defer", "predictive", "forecast")
 OUTPUT_FACTOR = 3.0
 
 
@@ -85,6 +86,7 @@ class Seen:
     rejected_decode: int
     effective: int
     effective_per_s: float
+    ttft_p50_s: float
     served_mtokens: float
     prefill_s: float
     wasted_s: float
@@ -126,12 +128,14 @@ def seen(run: Run, trace: Trace, block_tokens: int) -> Seen:
     swing = found.oscillation
     assert swing is not None, "a run of minutes has samples"
     assert false is not None, "somebody was served"
+    assert found.ttft is not None
     return Seen(
         rejected_arrival=stages["arrival"],
         rejected_prefill=stages["prefill"],
         rejected_decode=stages["decode"],
         effective=found.effective,
         effective_per_s=found.effective_per_s or 0.0,
+        ttft_p50_s=found.ttft.p50,
         served_mtokens=found.served_kv_tokens / 1e6,
         prefill_s=found.prefill_s,
         wasted_s=found.wasted_prefill_s,
@@ -161,6 +165,7 @@ REFUSED: tuple[Column, ...] = (
 SERVED: tuple[Column, ...] = (
     ("within limits", lambda s: s.effective, ",.0f"),
     ("a second", lambda s: s.effective_per_s, ".2f"),
+    ("TTFT p50, s", lambda s: s.ttft_p50_s, ".2f"),
     ("served Mtokens", lambda s: s.served_mtokens, ".2f"),
     ("oscillation, ktokens", lambda s: s.swing_ktokens, ".1f"),
     ("filled after s", lambda s: s.filled_s, ".0f"),
@@ -193,6 +198,39 @@ def show(name: str, found: dict[Case, Seen]) -> None:
                 runs = [s for c, s in found.items() if (c.policy, c.speedup) == (policy, speedup)]
                 table.add_row(policy, *(_mean(list(map(of, runs)), spec) for _, of, spec in columns))
             console.print(table)
+
+
+GOALS = ("wasted, of baseline's", "served, of early's", "oscillation, of early's", "once filled", *FIFTHS)
+
+
+def show_goals(name: str, found: dict[Case, Seen]) -> None:
+    """`forecast` against what is asked of it, by the means; the fifths: points of acceptance, less `baseline`'s."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{name}: forecast against the goals (0.1, 1, 0.5, 0.5, and 0 or more)")
+    for column in ("speed", *GOALS):
+        table.add_column(column, justify="right")
+    for speedup in dict.fromkeys(case.speedup for case in found):
+        ours, baseline, early = (
+            [s for c, s in found.items() if (c.policy, c.speedup) == (policy, speedup)]
+            for policy in ("forecast", "baseline", "early")
+        )
+        if ours and baseline and early:
+            table.add_row(
+                f"{speedup:g}x",
+                f"{_ratio(ours, baseline, lambda s: s.wasted_s):.3f}",
+                f"{_ratio(ours, early, lambda s: s.served_mtokens):.3f}",
+                f"{_ratio(ours, early, lambda s: s.swing_ktokens):.2f}",
+                f"{_ratio(ours, early, lambda s: s.filled_swing_ktokens):.2f}",
+                *(
+                    f"{statistics.fmean(map(of, ours)) - statistics.fmean(map(of, baseline)):+.1f}"
+                    for _, of, _ in _by_length(lambda s: s.accepted)
+                ),
+            )
+    if table.row_count:
+        console.print(table)
+
+
+def _ratio(ours: Sequence[Seen], others: Sequence[Seen], of: Callable[[Seen], float]) -> float:
+    return statistics.fmean(map(of, ours)) / (statistics.fmean(map(of, others)) or math.inf)
 
 
 def _mean(values: list[float], spec: str) -> str:
@@ -246,6 +284,7 @@ def main(name: str, seeds: int, speedups: str, policies: str, requests: int, fin
         show_pools(found)
     else:
         show(f"{name} ({POOLS[name]})", found)
+        show_goals(name, found)
     rows = [asdict(case) | asdict(result) for case, result in found.items()]
     kept = save(f"overload-{'pools' if find_balanced else name}", {"command": sys.argv[1:], "runs": rows})
     console.print(f"raw: {kept}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from conductor.config import ConductorConfig, Fit
-from core.cost import CostPrior, WorkerCost
+from core.cost import CostPrior, RoleCost, WorkerCost
 from core.fit import Residual
 from core.messages import LoadReport, NodeInfo
 from halfmoon.types import AttemptId, Epoch, NodeId, RequestId, Role
@@ -308,6 +308,7 @@ class ClusterView:
         self._make_worker = make_worker
         self._workers: dict[NodeId, Worker] = {}
         self._models: dict[NodeId, WorkerCost] = {}
+        self._roles: dict[Role, RoleCost] = {}
         self._gone_s: dict[Role, float] = {}
 
     def __iter__(self) -> Iterator[Worker]:
@@ -333,6 +334,7 @@ class ClusterView:
                 self._prior(info.role),
                 tokens_per_pass_max=max(1, info.tokens_per_pass_max),
                 frozen=self._config.fit is Fit.FROZEN,
+                role=self._roles.setdefault(info.role, RoleCost(self._configured(info.role))),
             )
         worker = self._workers[info.node_id] = self._make_worker(info, model, now_s)
         return worker
@@ -392,4 +394,7 @@ class ClusterView:
 
     def _prior(self, role: Role) -> CostPrior:
         """What the best-measured worker of the same role has learned, else the configured prior."""
-        return self.learned().get(role.value) or self._config.priors.get(role.value, self._config.prior)
+        return self.learned().get(role.value) or self._configured(role)
+
+    def _configured(self, role: Role) -> CostPrior:
+        return self._config.priors.get(role.value, self._config.prior)

@@ -9,12 +9,12 @@ The attention feature `new * context + new**2 / 2` is the number of attended (qu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
-from core.fit import SAMPLES_MIN, LinearFit, Residual, Span
+from core.fit import SAMPLES_MIN, Residual
 from core.messages import PassSample, TransferSample
+from core.ranged import Ranged, capped_passes, capped_step, capped_transfer
 from halfmoon.errors import ConfigError
 from halfmoon.types import Tier
 
@@ -68,18 +68,12 @@ class CostPrior:
                 raise ConfigError(key=f.name, value=values, expected=f"{wanted} finite numbers above 0")
 
 
-class _TransferFit:
-    def __init__(self, prior: Sequence[float], *, frozen: bool) -> None:
-        self.fit = LinearFit(prior, frozen=frozen)
-        self.span = Span()
+class RoleCost:
+    """What all workers of a role have shown together: how long one is believed to take what it has not done itself."""
 
-    def observe(self, num_bytes: int, seconds: float) -> None:
-        if self.fit.observe((1.0, float(num_bytes)), seconds):
-            self.span.see(num_bytes)
-
-    def confident(self, num_bytes: float) -> bool:
-        in_range = self.fit.frozen or self.span.holds(num_bytes)
-        return in_range and self.fit.trusted((1.0, float(num_bytes)))
+    def __init__(self, prior: CostPrior) -> None:
+        self.prefill = Ranged(prior.prefill, capped_passes)
+        self.decode = Ranged(prior.decode, capped_step)
 
 
 class WorkerCost:
@@ -89,19 +83,21 @@ class WorkerCost:
         prior: believed until enough was measured.
         tokens_per_pass_max: a longer prefill is cut into passes of at most this many tokens.
         frozen: the prior is a profile, believed everywhere and for good; samples only show how wrong it is.
+        role: shared by the workers of a role; taught by this one, asked where this one has measured nothing.
     """
 
-    def __init__(self, prior: CostPrior, *, tokens_per_pass_max: int, frozen: bool = False) -> None:
+    def __init__(
+        self, prior: CostPrior, *, tokens_per_pass_max: int, frozen: bool = False, role: RoleCost | None = None
+    ) -> None:
         assert tokens_per_pass_max > 0
         self._prior = prior
         self._pass_max = tokens_per_pass_max
         self._frozen = frozen
-        self._prefill = LinearFit(prior.prefill, frozen=frozen)
-        self._decode = LinearFit(prior.decode, frozen=frozen)
-        self._transfer = _TransferFit(prior.transfer, frozen=frozen)
-        self._by_source: dict[str, _TransferFit] = {}
-        self._new, self._depth = Span(), Span()
-        self._batch, self._kv_tokens = Span(), Span()
+        pool, steps = (role.prefill, role.decode) if role is not None and not frozen else (None, None)
+        self._prefill = Ranged(prior.prefill, capped_passes, frozen=frozen, peers=pool)
+        self._decode = Ranged(prior.decode, capped_step, frozen=frozen, peers=steps)
+        self._transfer = Ranged(prior.transfer, capped_transfer, frozen=frozen)
+        self._by_source: dict[str, Ranged] = {}
 
     # ---- questions ----
 
@@ -113,17 +109,18 @@ class WorkerCost:
         """`prefill_s` alone: placement asks every worker how long, and only those that it keeps how sure."""
         if new <= 0:
             return 0.0
-        a, b, c = self._prefill.coefficients
-        passes = -(-new // self._pass_max)
-        return a * passes + b * new + c * (new * context + 0.5 * new * new)
+        passes, pairs, model = -(-new // self._pass_max), new * context + 0.5 * new * new, self._prefill
+        if new <= passes * model.x_max and pairs <= new * model.y_max:
+            a, b, c = model.fit.coefficients
+            return a * passes + b * new + c * pairs
+        return model.seconds((float(passes), float(new), float(pairs)))
 
     def prefill_known(self, new: int, context: int) -> bool:
         if new <= 0:
             return True
         chunk = min(new, self._pass_max)
         depth = context + new - 0.5 * chunk  # of the last pass, the deepest
-        in_range = self._frozen or (self._new.holds(chunk) and self._depth.holds(depth))
-        return in_range and self._prefill.trusted((1.0, float(chunk), chunk * depth))
+        return self._prefill.holds(chunk, depth) and self._prefill.fit.trusted((1.0, float(chunk), chunk * depth))
 
     def decode_step_s(self, batch: int, kv_tokens: int) -> Estimate:
         """One step of `batch` sequences over `kv_tokens` tokens of KV in all."""
@@ -132,19 +129,21 @@ class WorkerCost:
     def decode_seconds(self, batch: int, kv_tokens: int) -> float:
         if batch <= 0:
             return 0.0
-        a, b, c = self._decode.coefficients
-        return a + b * batch + c * kv_tokens
+        model = self._decode
+        if batch <= model.x_max and kv_tokens <= model.y_max:
+            a, b, c = model.fit.coefficients
+            return a + b * batch + c * kv_tokens
+        return model.seconds((1.0, float(batch), float(kv_tokens)))
 
     def decode_seconds_watched(self, batch: int, kv_tokens: int) -> float:
         """The same by the last solution: for metrics and samples, which must not change a decision by asking."""
-        a, b, c = self._decode.solved
-        return a + b * batch + c * kv_tokens if batch > 0 else 0.0
+        return self._decode.seconds((1.0, float(batch), float(kv_tokens)), watched=True) if batch > 0 else 0.0
 
     def decode_known(self, batch: int, kv_tokens: int) -> bool:
         if batch <= 0:
             return True
-        in_range = self._frozen or (self._batch.holds(batch) and self._kv_tokens.holds(kv_tokens))
-        return in_range and self._decode.trusted((1.0, float(batch), float(kv_tokens)))
+        in_range = self._decode.holds(batch, kv_tokens)
+        return in_range and self._decode.fit.trusted((1.0, float(batch), float(kv_tokens)))
 
     def transfer_s(self, num_bytes: float, source: str = "") -> Estimate:
         """Pulling `num_bytes` into this worker; by `source`'s own model once that has seen enough."""
@@ -153,13 +152,17 @@ class WorkerCost:
     def transfer_seconds(self, num_bytes: float, source: str = "") -> float:
         if num_bytes <= 0:
             return 0.0
-        a, b = self._transfer_model(source).fit.coefficients
-        return a + b * num_bytes
+        model = self._transfer_model(source)
+        if num_bytes <= model.x_max:
+            a, b = model.fit.coefficients
+            return a + b * num_bytes
+        return model.seconds((1.0, float(num_bytes)))
 
     def transfer_known(self, num_bytes: float, source: str = "") -> bool:
-        return num_bytes <= 0 or self._transfer_model(source).confident(num_bytes)
+        model = self._transfer_model(source)
+        return num_bytes <= 0 or (model.holds(num_bytes) and model.fit.trusted((1.0, float(num_bytes))))
 
-    def _transfer_model(self, source: str) -> _TransferFit:
+    def _transfer_model(self, source: str) -> Ranged:
         own = self._by_source.get(source)
         return own if own is not None and own.fit.samples >= SAMPLES_MIN else self._transfer
 
@@ -176,51 +179,50 @@ class WorkerCost:
         """Learn one engine pass. A mixed one counts for prefill, less what its decode part adds to a pass."""
         batch, kv_tokens = sample.batch, sample.kv_tokens
         if sample.new_tokens > 0:
-            _, per_sequence, per_token = self._decode.coefficients
+            _, per_sequence, per_token = self._decode.fit.coefficients
             self._observe_prefill(sample, sample.seconds - (per_sequence * batch + per_token * kv_tokens))
-        elif self._decode.observe((1.0 if batch > 0 else math.nan, float(batch), float(kv_tokens)), sample.seconds):
-            self._batch.see(batch)
-            self._kv_tokens.see(kv_tokens)
+        else:
+            features = (1.0 if batch > 0 else math.nan, float(batch), float(kv_tokens))
+            self._decode.observe(features, sample.seconds, batch, kv_tokens)
 
     def _observe_prefill(self, sample: PassSample, seconds: float) -> None:
         new = sample.new_tokens
         pairs = sample.pairs or new * sample.context_tokens + 0.5 * new * new
         left = seconds if seconds >= PREFILL_SHARE_MIN * sample.seconds else math.nan
-        if self._prefill.observe((1.0, float(new), float(pairs)), left):
-            self._new.see(new)
-            self._depth.see(pairs / new)
+        self._prefill.observe((1.0, float(new), float(pairs)), left, new, pairs / new)
 
     def observe_transfer(self, sample: TransferSample) -> None:
         """Learn one finished pull that did not wait for anything but bytes."""
-        self._transfer.observe(sample.num_bytes or -1, sample.seconds)
+        features = (1.0, float(sample.num_bytes or -1))
+        self._transfer.observe(features, sample.seconds, sample.num_bytes)
         own = self._by_source.get(sample.source)
         if own is None and len(self._by_source) < SOURCES_MAX:
-            own = self._by_source[sample.source] = _TransferFit(self._prior.transfer, frozen=self._frozen)
+            own = self._by_source[sample.source] = Ranged(self._prior.transfer, capped_transfer, frozen=self._frozen)
         if own is not None:
-            own.observe(sample.num_bytes or -1, sample.seconds)
+            own.observe(features, sample.seconds, sample.num_bytes)
 
     # ---- what was learned ----
 
     @property
     def samples(self) -> int:
-        return self._prefill.samples + self._decode.samples
+        return self._prefill.fit.samples + self._decode.fit.samples
 
     def residuals(self) -> dict[str, Residual]:
         """By model: prefill, decode, transfer."""
         return {
-            "prefill": self._prefill.residual(),
-            "decode": self._decode.residual(),
+            "prefill": self._prefill.fit.residual(),
+            "decode": self._decode.fit.residual(),
             "transfer": self._transfer.fit.residual(),
         }
 
     def learned(self) -> CostPrior:
         """The coefficients now, as a prior for a worker of the same kind of which nothing is known yet."""
         prefill, decode, transfer = (
-            tuple(max(c, LEARNED_FLOOR * p, LEARNED_MIN) for c, p in zip(fit.coefficients, prior, strict=True))
-            for fit, prior in (
+            tuple(max(c, LEARNED_FLOOR * p, LEARNED_MIN) for c, p in zip(model.fit.coefficients, prior, strict=True))
+            for model, prior in (
                 (self._prefill, self._prior.prefill),
                 (self._decode, self._prior.decode),
-                (self._transfer.fit, self._prior.transfer),
+                (self._transfer, self._prior.transfer),
             )
         )
         return replace(

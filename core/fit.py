@@ -316,18 +316,3 @@ def _gauss(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> list[f
     for i in reversed(range(size)):
         x[i] = (rows[i][size] - sum([rows[i][j] * x[j] for j in range(i + 1, size)])) / rows[i][i]
     return x
-
-
-class Span:
-    """The range of one input that was seen, stretched a little."""
-
-    def __init__(self) -> None:
-        self._low = math.inf
-        self._high = -math.inf
-
-    def see(self, value: float) -> None:
-        self._low = min(self._low, value / RANGE_STRETCH)
-        self._high = max(self._high, value * RANGE_STRETCH)
-
-    def holds(self, value: float) -> bool:
-        return self._low <= value <= self._high

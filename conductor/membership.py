@@ -116,8 +116,8 @@ class Membership:
     def on_load(self, worker: Worker, load: LoadReport) -> None:
         """State, and measurements for the cost models, which refuse nonsense themselves.
 
-        A report with a count that cannot be is refused and counted: the last good one stands. Pulls of decode workers
-        are no measure of a link: they wait for the prefill that makes their blocks.
+        A report with a count that cannot be is refused and counted: the last good one stands. Pulls of prompts teach
+        the link as pulls of prefixes do: what they wait for their blocks is not in their seconds.
         """
         if not _possible(load):
             self._desk.counters["loads_refused"] += 1
@@ -125,9 +125,8 @@ class Membership:
         worker.load = load
         for sample in load.passes:
             worker.cost.observe_pass(sample)
-        if worker.prefills:
-            for transfer in load.transfers:
-                worker.cost.observe_transfer(transfer)
+        for transfer in load.transfers:
+            worker.cost.observe_transfer(transfer)
 
     # ---- time ----
 

@@ -206,7 +206,11 @@ class PassSample:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSample:
-    """One finished pull into this node."""
+    """One finished pull into this node.
+
+    seconds: in which its bytes were under way, less what other pulls from the same source had of them; whatever the
+    pull waited for its blocks to be computed is left out.
+    """
 
     source: NodeId
     link: str

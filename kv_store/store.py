@@ -188,7 +188,7 @@ class BlockStore:
             self._idle.set()
 
     def samples(self) -> list[TransferSample]:
-        """One per pull that brought bytes since the last call; `seconds` counts only while its link was busy."""
+        """One per pull that brought bytes since the last call; `seconds`: see transfer_values.Ended."""
         samples = list(self._samples)
         self._samples.clear()
         return samples

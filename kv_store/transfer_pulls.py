@@ -32,8 +32,7 @@ class PullState:
     abort_asked: bool = False  # the source waits for our Aborted
     abort_by_s: float = 0.0
     arrived_at_done: int | None = None
-    busy_since_s: float = 0.0
-    busy_s: float = 0.0
+    busy_s: float = 0.0  # its share of the seconds in which its session moved bytes
     link: str = ""
 
     @property
@@ -59,7 +58,16 @@ class SinkSession:
     heard_s: float = 0.0
     pinged_s: float = 0.0
 
+    active: dict[TransferId, PullState] = field(default_factory=dict)  # pulls with a batch in flight
+    shared_s: float = 0.0  # up to then the link's seconds are shared out
+
     due_s: float = math.inf  # no deadline is earlier, and no ping
+
+    def share(self, now_s: float) -> None:
+        """Share the time since the last call out among the pulls that had batches in flight: they had one link."""
+        for pull in self.active.values():
+            pull.busy_s += (now_s - self.shared_s) / len(self.active)
+        self.shared_s = now_s
 
     def look_ahead(self, ping_interval_s: float) -> None:
         """Set `due_s` anew. Whoever makes an earlier deadline lowers it; signs of life only put it off."""

@@ -124,10 +124,11 @@ class Sink:
         session_id, pull, batch = self._batches.pop(batch_id)
         session = self._sessions.get(session_id)
         pull.in_flight -= 1
-        if pull.in_flight == 0:
-            pull.busy_s += now_s - pull.busy_since_s
         if session is not None:
+            session.share(now_s)
             session.num_batches -= 1
+            if pull.in_flight == 0:
+                del session.active[batch.transfer_id]
             if error is not None and batch.group == session.group:
                 session.group += 1  # whatever else moves on the failed group fails too
         self._account(session, pull, batch, error, now_s)
@@ -283,8 +284,8 @@ class Sink:
         )
         self._batches[batch.batch] = (session.session, pull, batch)
         session.num_batches += 1
-        if pull.in_flight == 0:
-            pull.busy_since_s = now_s
+        session.share(now_s)
+        session.active[batch.transfer_id] = pull
         pull.in_flight += 1
         pull.link = link.name
         if link.two_sided:

@@ -267,7 +267,8 @@ class Arrived:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """busy_s: how long at least one batch of the pull was in flight: what its bytes cost the link."""
+    """busy_s: while at least one batch of the pull was in flight, less what other pulls from the same source had of
+    that time: what its bytes cost the link. A wait for blocks that are not computed yet is no part of it."""
 
     ended: PullEnded
     source: NodeId

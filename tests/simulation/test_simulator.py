@@ -339,6 +339,14 @@ def test_what_is_believed_is_not_what_is_true_until_it_was_measured() -> None:
     assert stubborn.residuals == {}
 
 
+def test_a_link_that_only_carries_hand_overs_is_learned() -> None:
+    factors = {"prefill": 1.0, "decode": 1.0, "transfer": 10.0}
+    done = run(6, learn=True, belief_factors=factors, every_s=1.0, noise=0.0)
+    bias, error = done.residuals["transfer"]  # pulls of parts that come pass by pass begin more than once
+    assert abs(bias) < 0.2
+    assert error < 0.25
+
+
 # ---- growth ----
 
 

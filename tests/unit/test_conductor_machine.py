@@ -7,7 +7,7 @@ import pytest
 from conductor.alarms import SPARE
 from conductor.effects import Send, Slo
 from conductor.view import WorkerState
-from core.messages import DrainCommand, LoadReport, PassSample, PrefillCommand, RefusalReason
+from core.messages import DrainCommand, LoadReport, PassSample, PrefillCommand, RefusalReason, TransferSample
 from halfmoon.blocks import Fingerprint
 from halfmoon.errors import InvalidRequest, Rejected, Unavailable
 from halfmoon.types import Epoch, NodeId, Outcome, RequestId
@@ -412,6 +412,14 @@ def test_an_slo_that_would_be_missed_rejects_before_any_work_is_spent() -> None:
     assert record is not None
     assert record.verdicts[0].reason == "ttft_slo"
     assert record.outcome is Outcome.REJECTED
+
+
+def test_pulls_of_decode_workers_teach_their_links() -> None:
+    play = Play("p0 d0")
+    pulls = [TransferSample(source=NodeId("p0"), link="shm", num_bytes=n << 20, seconds=n * 0.1) for n in range(1, 20)]
+    play.say("d0", LoadReport(transfers=tuple(pulls)))
+    residual = play.machine.residuals()[NodeId("d0")]["transfer"]
+    assert (residual.samples, residual.error < 0.2) == (19, True)
 
 
 def test_a_guess_rejects_nobody() -> None:

@@ -150,6 +150,31 @@ def test_blocks_arrive_batch_by_batch_and_the_pull_ends_with_the_last() -> None:
     assert [e.busy_s for e in last if isinstance(e, Ended)] == [1.5]  # from the first batch's start to the last's end
 
 
+def busy_s(effects: list[Effect]) -> float:
+    (one,) = [effect.busy_s for effect in effects if isinstance(effect, Ended)]
+    return one
+
+
+def test_what_a_pull_waits_for_its_blocks_is_no_cost_of_the_link() -> None:
+    machine = sink()
+    machine.start_pull(spec(0, 1, wait=True), 0.0)
+    for index, granted_s in ((0, 3.0), (1, 8.0)):
+        grants = (grant(index),)
+        (posted,) = machine.on_message(PEER, Granted(transfer_id=T1, grants=grants), granted_s)
+        last = machine.on_received(posted.batch.batch, None, granted_s + 0.25)
+    assert busy_s(last) == 0.5
+
+
+def test_pulls_from_one_source_share_the_seconds_of_its_link() -> None:
+    machine, t2 = sink(), TransferId("t2")
+    machine.start_pull(spec(0), 0.0)
+    machine.start_pull(spec(1, transfer="t2"), 0.0)
+    (first,) = machine.on_message(PEER, Granted(transfer_id=T1, grants=(grant(0),)), 1.0)
+    (second,) = machine.on_message(PEER, Granted(transfer_id=t2, grants=(grant(0),)), 2.0)
+    assert busy_s(machine.on_received(first.batch.batch, None, 4.0)) == 1.0 + 2.0 / 2
+    assert busy_s(machine.on_received(second.batch.batch, None, 5.0)) == 2.0 / 2 + 1.0
+
+
 def test_overlap_is_the_share_that_was_here_when_the_source_had_ended() -> None:
     machine = sink()
     machine.start_pull(spec(0, 1, None, wait=True), 0.0)

@@ -60,8 +60,18 @@ def sampling_options(command: click.decorators.FC) -> click.decorators.FC:
 @click.option("--stop", multiple=True, help="End the output before this text; may be repeated.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on to --max-tokens, whatever the model says.")
 @click.option("--logprobs", type=int, help="With --json: this many alternatives beside each token's log probability.")
-@click.option("--slo-ttft", "slo_ttft_s", type=float, help="Refuse unless the first token comes within these seconds.")
-@click.option("--slo-tbt", "slo_tbt_s", type=float, help="Refuse unless tokens come within these seconds.")
+@click.option(
+    "--slo-ttft",
+    "slo_ttft_s",
+    type=float,
+    help="Refuse at once if the first token is predicted, by what was measured, to take more than these seconds.",
+)
+@click.option(
+    "--slo-tbt",
+    "slo_tbt_s",
+    type=float,
+    help="Refuse at once if a decode step is predicted, by what was measured, to take more than these seconds.",
+)
 @click.option("--priority", type=int, help="-100 to 100; higher goes first.")
 @click.option("--raw", is_flag=True, help="Complete PROMPT as it is, without the chat template.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole result as JSON when it is complete.")

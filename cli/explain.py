@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from conductor.admission import Doubt
 from conductor.admission_policies import POLICIES
 
 MS = 1e3
@@ -132,7 +133,7 @@ def _verdicts(verdicts: Sequence[Record]) -> Table:
 
 def _because(verdict: Record) -> str:
     reason = verdict["reason"]
-    parts = ["probe: a guess, or an idle worker" if reason == "probe" else reason] if reason else []
+    parts = [_why_let_in(verdict) if verdict["accept"] else reason] if reason else []
     if verdict["limit"]:
         parts.append(_against(verdict["predicted"], verdict["limit"], verdict["unit"]))
     else:
@@ -140,6 +141,16 @@ def _because(verdict: Record) -> str:
     if verdict["retry_after_s"] is not None:
         parts.append(f"retry in {verdict['retry_after_s']:.1f} s")
     return "; ".join(parts)
+
+
+def _why_let_in(verdict: Record) -> str:
+    """Over a limit, and taken on nevertheless."""
+    if verdict["reason"] == Doubt.GUESS:
+        return "a guess: outside what was measured"
+    if verdict["reason"] == Doubt.FREE:
+        return "an idle worker, whose room is all free"
+    ago_s = verdict["probed_ago_s"]
+    return "a probe of an idle worker, " + ("its first" if ago_s is None else f"whose last was {ago_s:,.0f} s ago")
 
 
 def _against(predicted: float, limit: float, unit: str) -> str:

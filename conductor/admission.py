@@ -1,9 +1,9 @@
 """Pure: whether a request is taken on. Every policy gives a verdict; only those in force refuse.
 
 A prediction outside what the cost models have seen, or one that their own recent errors contradict, refuses nobody: a
-number that is not known is no reason. And a worker with nothing to do refuses nobody: only work gives samples, so a
-model that has gone wrong could otherwise lock its worker up for good. Such a request goes as a probe, and its record
-says so.
+number that is not known is no reason. One that they vouch for refuses, also where the worker has nothing to do, but for
+a probe now and then (conductor.probing): a model that has gone wrong could otherwise lock its worker up for good. The
+record says which of the two let a request in.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from typing import NamedTuple, Protocol
 
 from conductor.admission_config import AdmissionConfig, Mode, Reserve
 from conductor.effects import Slo
+from conductor.probing import LOAD_MAX, Probes
 from conductor.scoring import DecodeScore, PrefillScore
 from conductor.survival import OutputLengths
 from conductor.view import ClusterView, Worker
 from halfmoon.errors import Rejected
-from halfmoon.types import NodeId
+from halfmoon.types import NodeId, RequestId
 
 RETRY_S_MIN = 0.1
 RETRY_S_MAX = 60.0
+
+PROBE = "probe"
+"""The reason for which a request is let in on an idle worker that is sure to be late."""
 
 HEADROOM_MAX = 0.5
 """Of a limit, that lower classes must leave to higher ones."""
@@ -65,7 +69,7 @@ class Case:
     Args:
         slo: the request's own limits, or the defaults where those are in force.
         default_slo: what loads are measured by where there is no limit.
-        waited_s: since the request arrived.
+        now_s, waited_s: the time, and how long ago the request arrived.
         tokens: of KV that it brings to the decode worker; `output_tokens` more are expected, `output_max` at most.
         prefill: the placement's prefill side; None at stage `decode`.
         decode: its decode side; both name the same node where that is coupled.
@@ -77,9 +81,11 @@ class Case:
     """
 
     stage: Stage
+    request_id: RequestId
     slo: Slo
     default_slo: Slo
     priority: int
+    now_s: float
     waited_s: float
     tokens: int
     output_tokens: int
@@ -110,19 +116,28 @@ class Case:
         return 1.0 - min(HEADROOM_MAX, max(0.0, -step) * self.config.class_headroom)
 
 
+class Doubt(enum.StrEnum):
+    """Why a limit that is predicted to be missed refuses nobody, nevertheless."""
+
+    GUESS = "guess"  # the prediction is outside what was measured, or contradicted by it
+    FREE = "free"  # room is counted, and the worker's is all free
+
+
 class Finding(NamedTuple):
-    """One limit and what is predicted against it. Over its limit without being `certain`, it refuses nobody.
+    """One limit and what is predicted against it. Over its limit with a `doubt`, it refuses nobody.
 
     waits: it may be kept later, when others have ended. A TTFT is not: each second of waiting is one of it.
+    idle: the worker that it is about, if that has nothing to do: it may be probed.
     """
 
     reason: str
     predicted: float
     limit: float
     unit: str
-    certain: bool
+    doubt: Doubt | None
     retry_s: float
     waits: bool = True
+    idle: NodeId | None = None
 
     @property
     def load(self) -> float:
@@ -133,7 +148,9 @@ class Finding(NamedTuple):
 class Verdict:
     """One policy's opinion at one stage. With `accept` the other fields tell which limit came closest.
 
-    `reason` with `accept`: "probe", where an idle worker is given what it is predicted to miss; else empty.
+    `reason` with `accept`: why it is let in over a limit, a Doubt or PROBE; else empty. `in_range`: the cost models
+    vouch for `predicted`. `idle`: the idle workers that would be late, so that it is a probe of each, or might
+    have been one; `probed_ago_s`: since the last probe of the first of them, None if there was none.
     `waits`: a refusal that may be none later, when others have ended. `load`: the largest of predicted TTFT / SLO,
     TBT / SLO, KV tokens / room, as this policy sees them.
     """
@@ -150,6 +167,8 @@ class Verdict:
     stage: Stage = Stage.ARRIVAL
     load: float = 0.0
     waits: bool = False
+    idle: tuple[NodeId, ...] = ()
+    probed_ago_s: float | None = None
 
     def error(self) -> Rejected:
         return Rejected(
@@ -184,23 +203,48 @@ def judge(policy: AdmissionPolicy, case: Case, mode: Mode) -> Verdict:
     if worst is None:
         return Verdict(policy=policy.name, mode=mode, accept=True, stage=case.stage)
     missed = [f for f in findings if f.load > share]
-    refusing = max((f for f in missed if f.certain), key=_gravity, default=None)
-    shown = refusing or worst
-    retry_s = None if refusing is None else min(RETRY_S_MAX, max(RETRY_S_MIN, refusing.retry_s))
+    probes = [f for f in missed if f.idle is not None and f.doubt is None and f.load <= LOAD_MAX * share]
+    let_in = [f for f in probes if _due(policy.name, f, case)]
+    refusing = max((f for f in missed if f.doubt is None and f not in let_in), key=_gravity, default=None)
+    shown = refusing or max(let_in, key=_load, default=worst)
+    reason = refusing.reason if refusing is not None else PROBE if let_in else (worst.doubt or "") if missed else ""
+    retry_s = None if refusing is None else _retry_s(policy.name, refusing, case)
+    idle = tuple(dict.fromkeys(f.idle for f in probes if f.idle is not None))
     return Verdict(
         policy=policy.name,
         mode=mode,
         accept=refusing is None,
-        reason=refusing.reason if refusing is not None else "probe" if missed else "",
+        reason=reason,
         predicted=shown.predicted,
         limit=shown.limit * share,
         unit=shown.unit,
-        in_range=shown.certain,
+        in_range=shown.doubt is not Doubt.GUESS,
         retry_after_s=retry_s,
         stage=case.stage,
         load=worst.load,
         waits=refusing is not None and refusing.waits,
+        idle=idle,
+        probed_ago_s=_probes(policy.name, idle[0], case).ago_s(case.now_s) if idle else None,
     )
+
+
+def _due(policy: str, finding: Finding, case: Case) -> bool:
+    assert finding.idle is not None
+    config = case.config
+    return _probes(policy, finding.idle, case).due(case.request_id, case.now_s, config.probe_s, config.probe_one_in)
+
+
+def _retry_s(policy: str, finding: Finding, case: Case) -> float:
+    """On an idle worker not before its next probe may be: nothing else will change there."""
+    retry_s = finding.retry_s
+    if finding.idle is not None:
+        retry_s = max(retry_s, _probes(policy, finding.idle, case).due_in_s(case.now_s, case.config.probe_s))
+    return min(RETRY_S_MAX, max(RETRY_S_MIN, retry_s))
+
+
+def _probes(policy: str, node_id: NodeId, case: Case) -> Probes:
+    worker = case.view.get(node_id)
+    return (worker.probes.get(policy) if worker is not None else None) or Probes()
 
 
 def _load(finding: Finding) -> float:

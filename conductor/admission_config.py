@@ -49,6 +49,9 @@ class AdmissionConfig:
         priority_step_s: one step of priority makes a deferred request this much older.
         class_headroom: of every limit, kept free from requests of each priority below 0; at most half of it in all.
             Waiting `priority_step_s` lifts a request by one step.
+        probe_s: an idle worker that is sure to be late is given a request all the same, at most once in so long, so
+            that a cost model that has gone wrong is corrected.
+        probe_one_in: and at most one of so many that it would be late with.
         sigmas: `forecast` keeps so many standard deviations of the KV it expects free.
         horizon_s: `forecast` counts on no more of the room that running requests will leave than what they leave in
             this time.
@@ -72,6 +75,8 @@ class AdmissionConfig:
     patience_s: float = 30.0
     priority_step_s: float = 10.0
     class_headroom: float = 0.05
+    probe_s: float = 10.0
+    probe_one_in: int = 10
     sigmas: float = 0.5
     horizon_s: float = 4.0
 
@@ -89,6 +94,8 @@ class AdmissionConfig:
         for name in ("deferred_max", "backfill"):
             if getattr(self, name) < 0:
                 self._refuse(name, "0 or more")
+        if self.probe_one_in < 1:
+            self._refuse("probe_one_in", "1 or more")
 
     def _refuse(self, name: str, expected: str) -> None:
         raise ConfigError(key=name, value=getattr(self, name), expected=expected)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from conductor.admission import Admission, AdmissionPolicy, Case, Finding, Flight, Stage
+from conductor.admission import Admission, AdmissionPolicy, Case, Doubt, Finding, Flight, Stage
 from conductor.admission_config import AdmissionConfig, Mode, Reserve
 from conductor.view import Worker
 from halfmoon.errors import ConfigError
@@ -30,35 +30,34 @@ SEQUENCE_BLOCKS = 1.5
 
 
 def ttft(case: Case) -> list[Finding]:
-    """What it has waited and the predicted rest, against its TTFT limit. Never by a guess, nor at an idle worker."""
+    """What it has waited and the predicted rest, against its TTFT limit. Never by a guess."""
     limit, score = case.slo.ttft_s, case.prefill
     if limit is None or score is None:
         return []
     predicted = case.waited_s + score.ttft_s
-    certain = score.in_range and not _idle(case, score.node_id)
-    return [Finding("ttft_slo", predicted, limit, "s", certain, predicted - limit, waits=False)]
+    idle = score.node_id if _idle(case, score.node_id) else None
+    return [Finding("ttft_slo", predicted, limit, "s", _guess(score.in_range), predicted - limit, False, idle)]
 
 
 def tbt(case: Case, seconds: float, in_range: bool) -> list[Finding]:
-    limit = case.slo.tbt_s
+    """A decode step against the TBT limit. Never by a guess. Where nobody decodes, nobody's end makes it shorter."""
+    limit, node_id = case.slo.tbt_s, case.decode.node_id
     if limit is None:
         return []
-    certain = in_range and not _idle(case, case.decode.node_id)
-    return [Finding("tbt_slo", seconds, limit, "s", certain, _next_end_s(case))]
+    idle = node_id if _idle(case, node_id) else None
+    return [Finding("tbt_slo", seconds, limit, "s", _guess(in_range), _next_end_s(case), idle is None, idle)]
 
 
 def room(case: Case, tokens: float, worker: Worker) -> Finding:
     """KV tokens against the room of one decode worker. Room is counted, not guessed."""
     limit = float(worker.num_blocks * case.block_size)
-    certain = not _idle(case, worker.node_id)
     wait_s = (case.decode_s or 1.0) * max(0.0, tokens / limit - 1.0)  # it is left all over in about one lifetime
-    return Finding("decode_room", tokens, limit, "KV tokens", certain, max(wait_s, _next_end_s(case)))
+    return Finding("decode_room", tokens, limit, "KV tokens", _free(case, worker), max(wait_s, _next_end_s(case)))
 
 
 def sequences(case: Case, count: float, worker: Worker) -> Finding:
     limit = float(worker.sequences_max)
-    certain = not _idle(case, worker.node_id)
-    return Finding("decode_sequences", count, limit, "sequences", certain, _next_end_s(case))
+    return Finding("decode_sequences", count, limit, "sequences", _free(case, worker), _next_end_s(case))
 
 
 def decode_now(case: Case) -> list[Finding]:
@@ -88,6 +87,14 @@ def shared(worker: Worker, flights: Sequence[Flight], block_size: int) -> float:
     tokens = load.kv_tokens + pulling + 0.5 * block_size * load.running_sequences
     used = (worker.num_blocks - load.room) * block_size
     return min(SHARED_MAX, max(0.0, 1.0 - used / tokens)) if load.kv_tokens > 0 and load.room > 0 else 0.0
+
+
+def _guess(in_range: bool) -> Doubt | None:
+    return None if in_range else Doubt.GUESS
+
+
+def _free(case: Case, worker: Worker) -> Doubt | None:
+    return Doubt.FREE if _idle(case, worker.node_id) else None
 
 
 def _idle(case: Case, node_id: NodeId) -> bool:

@@ -9,6 +9,7 @@ from conductor.attempts import Attempt, Phase, Request
 from conductor.desk import Desk
 from conductor.effects import Slo
 from conductor.policy import Placement
+from conductor.probing import Probes
 from conductor.scoring import DecodeScore, PrefillScore, Query, fits_decode, fits_prefill
 from conductor.shares import size_class
 from conductor.view import Claim
@@ -66,12 +67,14 @@ class Judge:
         why = refused.reason if refused is not None else self._must_wait(request)
         if not why or (refused is None and newcomer and now_s >= ends_s):  # it cannot let others go first
             desk.waiting.shares.see(line.size, let_in=True)
+            self._note_probes(request, request.record.verdicts, now_s, let_in=True)
             return True
         waits = desk.admission.config.defer and (refused is None or refused.waits)
         if waits and now_s < ends_s and self._defer(request, line, why, now_s, ends_s):
             self._wait(request, query, placement, ends_s)
             return False
         desk.waiting.shares.see(line.size, let_in=False)
+        self._note_probes(request, request.record.verdicts, now_s, let_in=False)
         at_s = now_s - request.arrived_s
         request.record.choices.append(desk.decisions.choice(placement, request.number, "rejected", at_s))
         error = refused.error() if refused is not None else self._passed_over(request, now_s, ends_s)
@@ -83,7 +86,9 @@ class Judge:
         verdicts = self._desk.admission.judge(self._case(Stage.DECODE, request, query, None, decode, now_s))
         before = tuple(v for v in request.record.verdicts if v.stage is Stage.ARRIVAL)
         request.record.verdicts = before + verdicts
-        return refusal(verdicts)
+        refused = refusal(verdicts)
+        self._note_probes(request, verdicts, now_s, let_in=refused is None)
+        return refused
 
     def slo(self, request: Request) -> Slo:
         """Its own limits, and the defaults where those are in force."""
@@ -113,6 +118,18 @@ class Judge:
             desk.hold_first(request, until_s - now_s, now_s)
 
     # ---- inside ----
+
+    def _note_probes(self, request: Request, verdicts: Sequence[Verdict], now_s: float, *, let_in: bool) -> None:
+        """Each policy has its own books, so that one in shadow changes nothing. Who was accepted by one and not let in
+        is neither a probe nor refused."""
+        for verdict in verdicts:
+            if verdict.accept and not let_in:
+                continue
+            for node_id in verdict.idle:
+                worker = self._desk.view.get(node_id)
+                assert worker is not None, f"{node_id} was judged but is not there"
+                probes = worker.probes.setdefault(verdict.policy, Probes())
+                probes.see(request.spec.request_id, now_s, let_in=verdict.accept)
 
     def _refused_again(self, case: Case) -> bool:
         """One that waits is refused for now, still. Its record keeps the verdicts of its arrival until the last ones:
@@ -193,9 +210,11 @@ class Judge:
         desk = self._desk
         return Case(
             stage=stage,
+            request_id=request.spec.request_id,
             slo=query.slo,
             default_slo=desk.config.slo,
             priority=request.spec.priority,
+            now_s=now_s,
             waited_s=now_s - request.arrived_s,
             tokens=query.num_tokens,
             output_tokens=query.output_tokens,

@@ -213,7 +213,8 @@ def _keep(run: Recorded, record: Mapping[str, Any], ended_s: float) -> None:
 
 
 def _verdict(tree: Mapping[str, Any]) -> Verdict:
-    return Verdict(**{**tree, "mode": Mode(tree["mode"]), "stage": Stage(tree["stage"])})
+    idle = tuple(NodeId(name) for name in tree.get("idle", ()))
+    return Verdict(**{**tree, "mode": Mode(tree["mode"]), "stage": Stage(tree["stage"]), "idle": idle})
 
 
 def _limits(config: ConductorConfig, record: Mapping[str, Any]) -> Slo:

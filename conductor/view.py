@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from conductor.config import ConductorConfig, Fit
+from conductor.probing import Probes
 from core.cost import CostPrior, RoleCost, WorkerCost
 from core.fit import Residual
 from core.messages import LoadReport, NodeInfo
@@ -120,6 +121,7 @@ class Worker:
         self._waiting_tokens = 0
         self._copied_blocks, self._copied_s = 0.0, now_s
         self.claim: Claim | None = None
+        self.probes: dict[str, Probes] = {}  # by admission policy
         self.decode_tokens = 0
         self.decode_blocks = 0
         self.batch = 0

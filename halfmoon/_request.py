@@ -48,7 +48,7 @@ class Options(TypedDict, total=False):
     temperature, top_p, top_k, seed, max_tokens, stop_token_ids, stop, ignore_eos: as in halfmoon.types.SamplingParams.
     logprobs: alternatives to report beside each token's own log probability; 0 reports the token's alone.
     model: refused unless it is the served one; request_id: unique, chosen by the client if left out.
-    slo_ttft_s, slo_tbt_s: the request is refused at once if the cluster predicts to miss them.
+    slo_ttft_s, slo_tbt_s: the request is refused at once if, by what was measured, it is predicted to miss them.
     priority: higher goes first. timeout_s: the call's deadline (default 600 s), on the server too.
     """
 

@@ -68,9 +68,11 @@ def case(
         lengths.see(length)
     return Case(
         stage=Stage.ARRIVAL,
+        request_id=RequestId("r"),
         slo=SLO,
         default_slo=Slo(),
         priority=0,
+        now_s=100.0,
         waited_s=0.0,
         tokens=tokens,
         output_tokens=100,

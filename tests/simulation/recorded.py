@@ -28,10 +28,15 @@ from workload.trace import Trace, TraceRequest
 OVER = 10.0
 OVERBOOKED = partial(Misbooked, factor=OVER)
 GROUPS = 24
-BASELINE = AdmissionConfig(baseline=Mode.ENFORCE, early=Mode.OFF, forecast=Mode.OFF, reserve=Reserve.WITH, defer=False)
+ALL_PROBES: dict[str, Any] = {"probe_s": 0.0, "probe_one_in": 1}
+"""Whoever finds an idle worker is let in: a wrong cost refuses only so many that enough are served to judge it by."""
 
-
-EARLY = AdmissionConfig(baseline=Mode.OFF, early=Mode.ENFORCE, forecast=Mode.OFF, reserve=Reserve.AFTER, defer=False)
+BASELINE = AdmissionConfig(
+    baseline=Mode.ENFORCE, early=Mode.OFF, forecast=Mode.OFF, reserve=Reserve.WITH, defer=False, **ALL_PROBES
+)
+EARLY = AdmissionConfig(
+    baseline=Mode.OFF, early=Mode.ENFORCE, forecast=Mode.OFF, reserve=Reserve.AFTER, defer=False, **ALL_PROBES
+)
 
 
 class Letting(Admission):

@@ -15,7 +15,7 @@ from conductor.effects import Slo
 from conductor.scoring import DecodeScore, PrefillScore
 from conductor.survival import OutputLengths
 from conductor.view import ClusterView, DecodeBook
-from core.messages import LoadReport, PassSample
+from core.messages import LoadReport
 from halfmoon.errors import ConfigError
 from halfmoon.types import AttemptId, NodeId, Outcome, RequestId
 from tests.conductor_kit import PRIOR, Play, info, spec
@@ -54,9 +54,11 @@ def case(
     decode = DecodeScore(D0, max(room_load, 0.5), tbt_s, 0.0, 0.5, room_load, 0, in_range, False)
     built = Case(
         stage=Stage.ARRIVAL,
+        request_id=RequestId("r"),
         slo=slo,
         default_slo=Slo(),
         priority=0,
+        now_s=100.0,
         waited_s=0.0,
         tokens=tokens,
         output_tokens=100,
@@ -87,7 +89,7 @@ LIMITS = Slo(ttft_s=1.0, tbt_s=0.1)
         (1.0, Slo(), True, ""),
         (1.0, LIMITS, True, ""),
         (1.1, LIMITS, True, "ttft_slo"),
-        (9.0, LIMITS, False, "probe"),
+        (9.0, LIMITS, False, "guess"),
     ],
 )
 def test_every_policy_judges_the_prefill_side_by_the_requests_own_limit(
@@ -202,24 +204,6 @@ def test_a_lower_class_leaves_headroom_until_it_has_aged() -> None:
     assert judge(Forecast(), half, Mode.ENFORCE).accept  # half of every limit is for everybody
 
 
-def test_an_idle_worker_is_probed_and_the_record_says_so() -> None:
-    """The lock-out: a model gone wrong refused everything that has an SLO, and learned nothing from refusals."""
-    play = Play("p0 d0", admission=AdmissionConfig(defer=False))
-    slow = [PassSample(new_tokens=n, context_tokens=0, batch=0, kv_tokens=0, seconds=float(n)) for n in range(1, 60)]
-    play.say("p0", LoadReport(passes=tuple(slow)))
-    assert play.request(spec("a", slo=Slo(ttft_s=1.0)))[0] == "begin a#1"
-    record = play.machine.explain(RequestId("a"))
-    assert record is not None
-    verdict = record.verdicts[0]
-    assert (verdict.accept, verdict.reason, verdict.limit, verdict.in_range) == (True, "probe", 1.0, False)
-    assert verdict.predicted == pytest.approx(40.0, rel=0.01)
-    (refused,) = play.request(spec("b", slo=Slo(ttft_s=1.0)))
-    assert refused.startswith("end b rejected: Rejected: rejected (ttft_slo)")  # there is work that will tell
-    fast = [PassSample(new_tokens=40, context_tokens=0, batch=0, kv_tokens=0, seconds=0.04)] * 4
-    play.say("p0", LoadReport(passes=tuple(fast)))
-    assert play.request(spec("c", slo=Slo(ttft_s=1.0)))[0] == "begin c#1"  # contradicted: out of range
-
-
 def test_only_policies_in_force_refuse() -> None:
     missed = case(ttft_s=2.0, slo=Slo(ttft_s=1.0))
     judged = {mode: Admission([(Baseline(), mode)]).judge(missed) for mode in Mode}
@@ -263,7 +247,7 @@ class AlwaysNo:
     reserve = Reserve.WITH
 
     def findings(self, case: Case) -> list[Finding]:
-        return [Finding("no", 2.0, 1.0, "s", True, 1.0)]
+        return [Finding("no", 2.0, 1.0, "s", None, 1.0)]
 
 
 def test_every_policy_s_verdict_is_recorded_and_shadows_are_not_obeyed() -> None:
@@ -286,7 +270,7 @@ class Eager(Baseline):
     """Believes guesses."""
 
     def findings(self, case: Case) -> list[Finding]:
-        return [f._replace(certain=True) for f in super().findings(case)]
+        return [f._replace(doubt=None) for f in super().findings(case)]
 
 
 @pytest.mark.parametrize("name", ["none", "baseline", "early", "predictive", "forecast", "early+defer"])

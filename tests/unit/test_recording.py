@@ -91,10 +91,21 @@ def test_every_kind_of_call_is_played_again_bit_by_bit() -> None:
     }  # fmt: skip
     assert (result.calls, result.ended, result.header.policy) == (len(play.lines) - 2, "closed", "algorithm1")
     assert result.digest == json.loads(play.lines[-2])["digest"]
-    assert result.outcomes["rejected"] == 2  # the others were probes of idle workers
+    assert result.outcomes["rejected"] == 4
     assert result.outcomes["finished"] == 1
     assert [len(json.loads(line)["effects"]) for line in play.lines[1:-1]].count(0) < result.calls
     assert result.seconds == pytest.approx(play.now_s)
+
+
+def test_probes_of_idle_workers_and_those_refused_between_them_are_decided_again() -> None:
+    play = Taped("p0 d0", fit=Fit.FROZEN)
+    for number in range(25):
+        name = f"r{number}"
+        if play.request(spec(name, slo=Slo(ttft_s=0.01)))[0].startswith("begin"):
+            play.cancel(name)
+        play.now_s += 1.0
+    result = replay(play.lines)
+    assert (result.difference, result.outcomes) == (None, {"rejected": 23, "cancelled": 2})
 
 
 def test_the_caller_of_a_taped_machine_sees_no_difference() -> None:

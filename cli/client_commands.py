@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from cli.explain import explained
+from cli.replay_commands import lines_of
 from cli.tables import cluster_table, make_console, milliseconds, requests_table, without
+from conductor.kept import find
 from halfmoon._calls import ADDRESS_DEFAULT
 from halfmoon._request import timeout_of
 from halfmoon.client import Client, Generation, Result
@@ -165,11 +168,19 @@ def undrain(address: str, admin: str, node_id: str) -> None:
 @ADDRESS
 @ADMIN
 @click.argument("request_id")
+@click.option(
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Look in this file, and ask no cluster: a recording (--record), or what `records.file` has kept.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON.")
-def explain(address: str, admin: str, request_id: str, as_json: bool) -> None:
+def explain(address: str, admin: str, request_id: str, file: Path | None, as_json: bool) -> None:
     """Why REQUEST_ID (or the beginning of one) went where it went: candidates, predictions, and what happened."""
-    with Client(address, admin_address=admin) as client:
-        record = client.explain(request_id)
+    if file is not None:
+        record = find(lines_of(file), request_id)
+    else:
+        with Client(address, admin_address=admin) as client:
+            record = client.explain(request_id)
     if as_json:
         click.echo(json.dumps(record, indent=1))
     else:

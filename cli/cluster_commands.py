@@ -6,6 +6,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -18,6 +19,7 @@ from cli.tables import longest_request, make_console
 from cluster.local import LocalCluster
 from cluster.plan import DTYPES, LINKS, ClusterConfig
 from cluster.process import Progress
+from conductor.admission_policies import ALL_NAMES, put_in_force
 from conductor.config import PlacementName
 from halfmoon._calls import ADDRESS_DEFAULT
 from halfmoon.client import AsyncClient
@@ -44,6 +46,11 @@ OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...] = (
     click.option("--dram-mib", type=int, help="DRAM tier of each worker, MiB; -1: none."),
     click.option("--link", type=click.Choice(LINKS), help="How blocks travel between workers."),
     click.option("--placement", type=click.Choice(PLACEMENTS), help="How prefill workers are picked."),
+    click.option(
+        "--admission",
+        type=click.Choice(ALL_NAMES),
+        help="The admission policy in force; the others judge in its shadow.",
+    ),
     click.option("--cost-profile", help="YAML file in which what workers cost is kept over restarts."),
     click.option("--redis", help="URL of a Redis or Valkey; left out, a private one is started."),
     click.option("--host", help="Address of the client and admin APIs."),
@@ -61,7 +68,11 @@ def cluster_options(command: click.decorators.FC) -> click.decorators.FC:
 
 
 def cluster_config(file: str | None, given: dict[str, object], name: str) -> ClusterConfig:
-    """File, environment (HALFMOON_CLUSTER__PREFILL=2), flags: the later wins."""
+    """File, environment (HALFMOON_CLUSTER__PREFILL=2), flags: the later wins.
+
+    `--admission` is several settings: the policies' modes, and whether they put off.
+    """
+    admission, given = given.get("admission"), {k: v for k, v in given.items() if k != "admission"}
     overrides = {f"cluster.{IN_SECTION.get(key, key)}": v for key, v in given.items() if v not in (None, ())}
     tree = gather(file, overrides=overrides)
     require_known(tree, ("cluster",))
@@ -69,7 +80,11 @@ def cluster_config(file: str | None, given: dict[str, object], name: str) -> Clu
     if not isinstance(section, dict):
         raise ConfigError(key="cluster", value=section, expected="a mapping")
     section.setdefault("directory", str(cache_directory() / "run" / name))
-    return load(ClusterConfig, section, path="cluster")
+    config = load(ClusterConfig, section, path="cluster")
+    if admission is None:
+        return config
+    conductor = config.conductor
+    return replace(config, conductor=replace(conductor, admission=put_in_force(str(admission), conductor.admission)))
 
 
 @click.command()

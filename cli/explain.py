@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from conductor.admission import Doubt
-from conductor.admission_policies import POLICIES
+from conductor.admission_config import Mode
+from conductor.admission_policies import NO_ADMISSION, POLICIES
 
 MS = 1e3
 PREFILL_TERMS = ("ttft_s", "queue_s", "fetch_s", "prefill_s", "mixing_s")
@@ -45,11 +46,19 @@ def _outcome(record: Record) -> Text:
     lines = [
         f"{record['request_id']}: {end}{took}{made}",
         f"{blocks}, at most {record['max_tokens']} out",
-        f"policy {record['policy']}, {_limits(record)}; the chosen are starred",
+        f"placement {record['policy']}, admission {_admission(record['verdicts'])}; the chosen are starred",
+        _limits(record),
     ]
     if record["error"]:
         lines.append(record["error"])
     return Text("\n".join(lines))
+
+
+def _admission(verdicts: Sequence[Record]) -> str:
+    """The policies in force, as far as this request shows them."""
+    if not verdicts:
+        return "not asked"
+    return " and ".join(dict.fromkeys(v["policy"] for v in verdicts if v["mode"] == Mode.ENFORCE)) or NO_ADMISSION
 
 
 def _limits(record: Record) -> str:
@@ -149,7 +158,7 @@ def _why_let_in(verdict: Record) -> str:
         return "a guess: outside what was measured"
     if verdict["reason"] == Doubt.FREE:
         return "an idle worker, whose room is all free"
-    ago_s = verdict["probed_ago_s"]
+    ago_s = verdict.get("probed_ago_s")
     return "a probe of an idle worker, " + ("its first" if ago_s is None else f"whose last was {ago_s:,.0f} s ago")
 
 

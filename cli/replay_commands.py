@@ -12,9 +12,10 @@ from rich.console import Console
 
 from cli.judged import judged
 from cli.tables import counted, make_console
+from conductor.admission_policies import name_of
 from conductor.counterfactual import counterfactual as counterfactual_of
 from conductor.past import gather
-from conductor.recording import read
+from conductor.recording import config_of, read
 from conductor.replay import Difference, Replayed, machine_of, rejudged
 from conductor.replay import replay as replayed_from
 from halfmoon.errors import RecordingError
@@ -67,7 +68,8 @@ def _say_run(console: Console, file: Path, result: Replayed) -> None:
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(result.outcomes.items()))
     console.print(
         f"{file}: {result.seconds:,.1f} s, {counted(requests, 'request')} ({outcomes or 'none ended'}), "
-        f"policy {result.header.policy}, recorded by halfmoon {result.header.halfmoon}",
+        f"placement {result.header.policy}, admission {name_of(config_of(result.header).admission)}, "
+        f"recorded by halfmoon {result.header.halfmoon}",
         soft_wrap=True,
     )
     hits = result.hit_tokens

@@ -274,3 +274,21 @@ def admission_named(name: str, config: AdmissionConfig, others: Mode = Mode.SHAD
         defer=defer,
         hold_first_share=held,
     )
+
+
+def name_of(config: AdmissionConfig) -> str:
+    """What is in force, by the names of `admission_named`: "forecast", "early+defer", "baseline and early", "none"."""
+    in_force = [name for name in POLICIES if getattr(config, name) is Mode.ENFORCE]
+    return " and ".join(f"{n}{DEFER}" if n in PAPERS and config.defer else n for n in in_force) or NO_ADMISSION
+
+
+def put_in_force(name: str, config: AdmissionConfig) -> AdmissionConfig:
+    """As `admission_named`, but what is off stays off: `predictive` costs a look at every open request.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    named = admission_named(name, config)
+    off = [p for p in POLICIES if getattr(config, p) is Mode.OFF and getattr(named, p) is Mode.SHADOW]
+    modes: dict[str, Mode] = dict.fromkeys(off, Mode.OFF)
+    return replace(named, **modes)  # type: ignore[arg-type]

@@ -332,11 +332,12 @@ class ClusterView:
         assert info.node_id not in self._workers, f"{info.node_id} joins twice"
         model = self._models.pop(info.node_id, None)
         if model is None:
+            configured = self._config.priors.get(info.role.value, self._config.prior)
             model = WorkerCost(
-                self._prior(info.role),
+                self.learned().get(info.role.value) or configured,
                 tokens_per_pass_max=max(1, info.tokens_per_pass_max),
                 frozen=self._config.fit is Fit.FROZEN,
-                role=self._roles.setdefault(info.role, RoleCost(self._configured(info.role))),
+                role=self._roles.setdefault(info.role, RoleCost(configured)),
             )
         worker = self._workers[info.node_id] = self._make_worker(info, model, now_s)
         return worker
@@ -393,10 +394,3 @@ class ClusterView:
     def residuals(self) -> dict[NodeId, dict[str, Residual]]:
         """Of every worker's cost models. May be called from another thread."""
         return {worker.node_id: worker.cost.residuals() for worker in list(self._workers.values())}
-
-    def _prior(self, role: Role) -> CostPrior:
-        """What the best-measured worker of the same role has learned, else the configured prior."""
-        return self.learned().get(role.value) or self._configured(role)
-
-    def _configured(self, role: Role) -> CostPrior:
-        return self._config.priors.get(role.value, self._config.prior)

@@ -9,7 +9,16 @@ import pytest
 
 from conductor.admission import Admission, Case, Finding, Flight, Stage, judge, queue_full, refusal
 from conductor.admission_config import AdmissionConfig, Mode, Reserve
-from conductor.admission_policies import Baseline, Early, Forecast, Predictive, admission_named, admission_of, shared
+from conductor.admission_policies import (
+    Baseline,
+    Early,
+    Forecast,
+    Predictive,
+    admission_named,
+    admission_of,
+    name_of,
+    shared,
+)
 from conductor.config import ConductorConfig
 from conductor.effects import Slo
 from conductor.scoring import DecodeScore, PrefillScore
@@ -279,6 +288,7 @@ def test_policies_are_compared_by_name(name: str) -> None:
     in_force = [p for p in ("baseline", "early", "predictive", "forecast") if getattr(config, p) is Mode.ENFORCE]
     assert in_force == ([] if name == "none" else [name.removesuffix("+defer")])
     assert config.defer is (name in ("forecast", "early+defer"))
+    assert name_of(config) == name
 
 
 def test_an_unknown_policy_is_refused_by_name() -> None:

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from cli.cluster_commands import cluster_config
+from cli.main import main
 from cluster import local
 from cluster.local import LocalCluster
 from cluster.plan import ClusterConfig, ProcessSpec, conductor_spec
 from cluster.process import SupervisedProcess
+from conductor.admission_config import Mode
+from conductor.admission_policies import POLICIES, name_of
 from conductor.config import PlacementName
 from conductor.server import load_settings
 from halfmoon.errors import ConfigError, Unavailable
@@ -165,3 +169,20 @@ def test_what_the_conductor_would_refuse_is_refused_where_it_was_written(tmp_pat
     with pytest.raises(ConfigError) as refusal:
         cluster_config(str(file), {}, "test")
     assert refusal.value.key.startswith(f"cluster.conductor.{setting.split(':')[0]}")
+
+
+def test_the_admission_policy_in_force_is_named_and_what_is_off_stays_off(tmp_path: Path) -> None:
+    def modes(**given: object) -> str:
+        admission = cluster_config(None, {"directory": str(tmp_path), **given}, "test").conductor.admission
+        off = " ".join(name for name in POLICIES if getattr(admission, name) is Mode.OFF)
+        return f"{name_of(admission)}, off: {off}"
+
+    assert modes() == modes(admission="forecast") == "forecast, off: predictive"
+    assert modes(admission="early+defer") == "early+defer, off: predictive"
+    assert modes(admission="predictive") == "predictive, off: "
+    assert modes(admission="none") == "none, off: predictive"
+    refused = CliRunner().invoke(main, ["config", "--admission", "oracle"])
+    assert refused.exit_code == 2
+    assert "'oracle' is not one of 'baseline'" in refused.output
+    shown = CliRunner().invoke(main, ["config", "--admission", "baseline"])
+    assert "baseline: enforce" in shown.output

@@ -12,7 +12,7 @@ from rich.text import Text
 from cli.tables import counted
 from conductor.blame import Blame
 from conductor.counterfactual import Counterfactual, Judged
-from conductor.hindsight import CHECKED_MIN, RIGHT_SHARE
+from conductor.hindsight import CHECKED_MIN, RIGHT_SHARE, Sureness
 
 WIDTH = 80
 
@@ -41,17 +41,19 @@ def _policies(result: Counterfactual) -> Table:
     for name in ("accepted", "wrongly", "open", "rejected", "wrongly", "open"):
         table.add_column(name, justify="right", no_wrap=True)
     for one in result.policies:
-        table.add_row(one.policy, one.mode, *_cells(one))
+        table.add_row(one.policy, one.mode, *_cells(one, doubtful=bool(result.sureness.blurred)))
     return table
 
 
-def _cells(one: Judged) -> tuple[str, ...]:
+def _cells(one: Judged, *, doubtful: bool) -> tuple[str, ...]:
+    """`doubtful`: what is reckoned of the rejected is not to be trusted, and marked."""
+    false_rejections = _share(one.false_rejections, one.rejected - one.open_rejections)
     return (
         str(one.accepted),
         _share(one.false_acceptances, one.accepted - one.open_acceptances),
         str(one.open_acceptances),
         str(one.rejected),
-        _share(one.false_rejections, one.rejected - one.open_rejections),
+        f"{false_rejections} ?" if doubtful and one.rejected else false_rejections,
         str(one.open_rejections),
     )
 
@@ -67,21 +69,34 @@ def _sureness(result: Counterfactual) -> str:
         "reckoned from the recorded run: its queue, batches, decode room and measured costs. Not modelled: links that "
         "are shared, preemption, faults. Open: too close to a limit, no decode room at once, or the client left."
     ]
+    limited = f"{sure.right} of {counted(sure.checked, 'request')} served that had a limit"
+    without = sure.served - sure.checked
+    limited += f" ({without} more had none, and say nothing)" if without else ""
     if not sure.enough:
         said.append(
-            f"How sure: not at all. Reckoned in the same way, {sure.right} of {counted(sure.checked, 'request')} "
-            f"served come out as they did; {100 * RIGHT_SHARE:.0f} % of at least {CHECKED_MIN} must. All rejections "
-            "are left open."
+            f"How sure: not at all. Reckoned in the same way, {limited} come out as they did; "
+            f"{100 * RIGHT_SHARE:.0f} % of at least {CHECKED_MIN} must. All rejections are left open."
         )
     else:
         said.append(
-            f"How sure: reckoned in the same way, {sure.right} of {counted(sure.checked, 'request')} served "
-            f"({100 * sure.right / sure.checked:.0f} %) come out as they did; 90 % of their TTFT within "
-            f"{sure.ttft_margin_s * 1e3:,.0f} ms, of their TBT within {sure.tbt_margin_s * 1e3:,.1f} ms."
+            f"How sure: reckoned in the same way, {limited} come out as they did "
+            f"({100 * sure.right / sure.checked:.0f} %); 90 % of all TTFT within "
+            f"{sure.ttft_margin_s * 1e3:,.0f} ms, of all TBT within {sure.tbt_margin_s * 1e3:,.1f} ms."
         )
+    if sure.blurred:
+        said.append(_warning(sure))
     if result.unjudged:
         said.append(f"{counted(result.unjudged, 'request')} ended before admission was asked (no place, no worker).")
     return "\n".join(fill(one, WIDTH) for one in said) + "\n"
+
+
+def _warning(sure: Sureness) -> str:
+    limits = {"TTFT": sure.ttft_limit_s, "TBT": sure.tbt_limit_s}
+    words = [f"{name} ({(limits[name] or 0.0) * 1e3:,.1f} ms at the median)" for name in sure.blurred]
+    return (
+        f'Not to be trusted, marked "?": what is said of rejections. The reckoning is off by more than the limit on '
+        f"{' and '.join(words)}, so it cannot tell who would have kept it."
+    )
 
 
 def _terms(blame: Blame) -> Table:

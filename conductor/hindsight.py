@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from conductor.admission_config import Reserve
 from conductor.admission_policies import admission_of
+from conductor.effects import Slo
 from conductor.past import Past, Recorded, Stay
 from conductor.tenancy import Room, Tenancy, Tenants
 from halfmoon.types import NodeId
@@ -63,17 +64,36 @@ class Truth(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Sureness:
-    """Of the served requests: `right` of `checked` verdicts are the truth's; 90 % are within the margins (seconds)."""
+    """How well what was served is reckoned. Seconds.
 
+    Args:
+        served: requests whose truth is known.
+        checked: those of them that had a limit: of the others every reckoning is right.
+        right: of which the reckoned verdict is the truth's.
+        ttft_margin_s, tbt_margin_s: 90 % of the served are reckoned within them.
+        ttft_limit_s, tbt_limit_s: the medians of the limits that are judged by it: of the rejected requests, or, where
+            none was, of all. None: nobody has one.
+    """
+
+    served: int
     checked: int
     right: int
     ttft_margin_s: float
     tbt_margin_s: float
+    ttft_limit_s: float | None
+    tbt_limit_s: float | None
 
     @property
     def enough(self) -> bool:
         """Whether what is reckoned is said at all."""
         return self.checked >= CHECKED_MIN and self.right >= RIGHT_SHARE * self.checked
+
+    @property
+    def blurred(self) -> tuple[str, ...]:
+        """The limits, by name, that are smaller than what the reckoning is off by: it cannot tell whether they would
+        have been kept."""
+        pairs = (("TTFT", self.ttft_margin_s, self.ttft_limit_s), ("TBT", self.tbt_margin_s, self.tbt_limit_s))
+        return tuple(name for name, margin_s, limit_s in pairs if limit_s is not None and margin_s > limit_s)
 
 
 class Hindsight:
@@ -150,13 +170,21 @@ class Hindsight:
         verdicts, ttft_off, tbt_off = [], [], []
         for past in served:
             got = self.served(past)
-            verdicts.append((_met(got, past, 0.0, 0.0), past.met))
+            if past.limits != Slo():
+                verdicts.append((_met(got, past, 0.0, 0.0), past.met))
             ttft_s, tbt_s = past.terms["ttft_s"][1], past.terms["tbt_worst_s"][1]
             ttft_off += [abs(got.ttft_s - ttft_s)] if ttft_s is not None else []
             tbt_off += [abs(got.tbt_s - tbt_s)] if tbt_s is not None else []
         said = [met == was for met, was in verdicts if met is not None]
+        judged = [past.limits for past in self._run.pasts if past.rejected] or [p.limits for p in self._run.pasts]
         return Sureness(
-            checked=len(said), right=sum(said), ttft_margin_s=_quantile(ttft_off), tbt_margin_s=_quantile(tbt_off)
+            served=len(served),
+            checked=len(said),
+            right=sum(said),
+            ttft_margin_s=_quantile(ttft_off),
+            tbt_margin_s=_quantile(tbt_off),
+            ttft_limit_s=_median_of([slo.ttft_s for slo in judged]),
+            tbt_limit_s=_median_of([slo.tbt_s for slo in judged]),
         )
 
 
@@ -198,6 +226,11 @@ def _side(value: float, limit: float | None, margin: float) -> bool | None:
 
 def _median(values: Sequence[float], default: float) -> float:
     return median(values) if values else default
+
+
+def _median_of(limits: Sequence[float | None]) -> float | None:
+    known = [limit for limit in limits if limit is not None]
+    return median(known) if known else None
 
 
 def _quantile(values: Sequence[float]) -> float:

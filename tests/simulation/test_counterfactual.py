@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,11 +13,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from rich.text import Text
 
 from cli.judged import judged as judged_as
 from cli.main import main
 from conductor.counterfactual import Counterfactual, counterfactual
+from conductor.effects import Slo
 from conductor.hindsight import Hindsight, Sureness
 from conductor.past import Recorded, gather
 from conductor.recording import read
@@ -122,7 +126,8 @@ def test_rejections_for_want_of_decode_room_are_judged_by_the_room_that_there_wa
 
 def test_what_is_reckoned_is_not_said_where_it_is_wrong_about_the_requests_that_were_served() -> None:
     def sureness(checked: int, right: int) -> Sureness:
-        return Sureness(checked=checked, right=right, ttft_margin_s=0.0, tbt_margin_s=0.0)
+        margins = {"ttft_margin_s": 0.0, "tbt_margin_s": 0.0, "ttft_limit_s": 0.6, "tbt_limit_s": 0.1}
+        return Sureness(served=checked + 5, checked=checked, right=right, **margins)
 
     assert [sureness(*s).enough for s in ((10, 9), (100, 89), (9, 9), (0, 0))] == [True, False, False, False]
     _, _, past, result = run_of("prefill", 0.6)
@@ -131,7 +136,41 @@ def test_what_is_reckoned_is_not_said_where_it_is_wrong_about_the_requests_that_
     assert {hindsight.truth(p) for p in past.pasts if p.rejected} == {(None, False)}
     shown = judged_as(replace(result, sureness=hindsight.sureness))
     text = " ".join(one.plain for one in shown if isinstance(one, Text)).replace("\n", " ")
-    assert "3 of 6 requests served come out as they did; 90 % of at least 10 must" in text
+    assert "3 of 6 requests served that had a limit (5 more had none, and say nothing) come out as they did" in text
+    assert "90 % of at least 10 must" in text
+    assert "?" not in text
+
+
+def test_only_those_with_a_limit_say_how_sure_it_is() -> None:
+    """The same run, of which all but twelve served requests came without limits: nobody can be wrong about those."""
+    _, _, past, whole = run_of("prefill", 0.6)
+    served = [p.request_id for p in past.pasts if p.met is not None]
+    kept, few = set(served[:12]), set(served[:9])
+    for having, enough in ((kept, True), (few, False)):
+        pasts = [p if p.rejected or p.request_id in having else replace(p, limits=Slo()) for p in past.pasts]
+        sure = Hindsight(replace(past, pasts=pasts)).sureness
+        assert (sure.served, sure.checked, sure.enough) == (whole.sureness.served, len(having), enough)
+        assert sure.ttft_margin_s == whole.sureness.ttft_margin_s
+
+
+def test_a_reckoning_that_is_off_by_more_than_the_limits_is_not_to_be_trusted_and_marked() -> None:
+    _, _, _, result = run_of("prefill", 0.6)
+    sure = result.sureness
+    assert (sure.blurred, sure.ttft_limit_s, sure.tbt_limit_s) == ((), 0.6, TBT_S)
+    off = replace(sure, ttft_margin_s=0.7)
+    assert off.blurred == ("TTFT",)
+    assert replace(off, ttft_limit_s=None).blurred == ()
+    said = shown(replace(result, sureness=off))
+    assert "what is said of rejections" in said
+    assert "off by more than the limit on TTFT (600.0 ms at the median)" in said
+    assert re.search(r"baseline +enforce .*%\) \? ", said)
+    assert "?" not in shown(result)
+
+
+def shown(result: Counterfactual) -> str:
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    console.print(*judged_as(result), sep="\n")
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_acceptances_that_missed_are_what_was_seen() -> None:

@@ -173,17 +173,9 @@ def trace_of(workload: str) -> Trace:
 def config_of(case: Case, speed: int) -> SimConfig:
     """Chunks of several prompts share a coupled node's pass; at most half of its tokens are steps."""
     nodes, preset = case.nodes, load_hardware(HARDWARE)
-    hardware = replace(preset, tokens_per_pass_max=nodes.chunk, link_bytes_per_s=preset.link_bytes_per_s * nodes.link)
-    if nodes.coupled:
-        most = min(preset.sequences_max, nodes.chunk // 2)
-        hardware = replace(
-            hardware,
-            prompts_per_pass_max=most,
-            sequences_max=most,
-            mixed_hides_weights=nodes.hides,
-        )
+    hardware = preset.scaled(link=nodes.link).with_chunk(nodes.chunk, coupled=nodes.coupled > 0)
     return SimConfig(
-        hardware=hardware,
+        hardware=replace(hardware, mixed_hides_weights=nodes.coupled > 0 and nodes.hides),
         prefill=nodes.prefill,
         decode=nodes.decode,
         coupled=nodes.coupled,

@@ -101,10 +101,9 @@ class Seen:
     effective_by_length: tuple[float, ...]
 
 
-def run_case(case: Case, progress: Callable[[float], None]) -> Seen:
-    hardware = load_hardware(HARDWARE)
-    config = SimConfig(
-        hardware=replace(hardware, decode_blocks=case.pool.tokens // hardware.block_tokens),
+def config_of(case: Case) -> SimConfig:
+    return SimConfig(
+        hardware=load_hardware(HARDWARE).with_decode_room(case.pool.tokens),
         prefill=8,
         decode=case.pool.nodes,
         admission=case.policy,
@@ -114,10 +113,13 @@ def run_case(case: Case, progress: Callable[[float], None]) -> Seen:
         jitter_s=TICK_S,
         output_factor=OUTPUT_FACTOR,
     )
-    trace = read_trace(CONVERSATION)
+
+
+def run_case(case: Case, progress: Callable[[float], None]) -> Seen:
+    config, trace = config_of(case), read_trace(CONVERSATION)
     trace = replace(trace, requests=trace.requests[: case.requests or None])
     run = simulate(trace, config, on_progress=lambda n: progress(n / len(trace.requests)))
-    return seen(run, trace, hardware.block_tokens)
+    return seen(run, trace, config.hardware.block_tokens)
 
 
 def seen(run: Run, trace: Trace, block_tokens: int) -> Seen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from core.cost import CostPrior
 from halfmoon.errors import ConfigError
@@ -80,6 +80,38 @@ class Hardware:
     @property
     def block_bytes(self) -> int:
         return self.block_tokens * self.kv_token_bytes
+
+    def with_chunk(self, tokens: int, *, coupled: bool) -> Hardware:
+        """Passes of at most so many tokens.
+
+        Args:
+            coupled: nodes do both: prompts share a pass, and at most half of its tokens are steps of sequences.
+        """
+        hardware = replace(self, tokens_per_pass_max=tokens)
+        most = min(self.sequences_max, tokens // 2)
+        return replace(hardware, prompts_per_pass_max=most, sequences_max=most) if coupled else hardware
+
+    def with_decode_room(self, tokens: int) -> Hardware:
+        """Whole blocks of so many tokens of KV on a decode node.
+
+        Raises:
+            ConfigError: less than one.
+        """
+        if tokens < self.block_tokens:
+            raise ConfigError(
+                key="decode-room", value=tokens, expected=f"a block, {self.block_tokens} tokens, at least"
+            )
+        return replace(self, decode_blocks=tokens // self.block_tokens)
+
+    def scaled(self, *, link: float = 1.0, prefill: float = 1.0) -> Hardware:
+        """Links and prefill passes of so many times the speed. MFU stands under prefill's costs alone."""
+        return replace(
+            self,
+            link_bytes_per_s=self.link_bytes_per_s * link,
+            prefill_pass_s=self.prefill_pass_s / prefill,
+            prefill_token_s=self.prefill_token_s / prefill,
+            prefill_pair_s=self.prefill_pair_s / prefill,
+        )
 
     def prior(self, factors: Mapping[str, float]) -> CostPrior:
         """What is believed of this hardware before anything was measured: the truth times each term's factor.

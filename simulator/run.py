@@ -97,6 +97,7 @@ def settings_of(trace: Trace, config: SimConfig) -> dict[str, object]:
         "outputs_told": config.outputs_told,
         "slo_ttft_s": config.slo_ttft_s,
         "slo_tbt_s": config.slo_tbt_s,
+        "chunk_tokens": config.hardware.tokens_per_pass_max,
         "decode_room_tokens": config.hardware.decode_blocks * config.hardware.block_tokens,
         "noise": config.noise,
         "step_noise": config.step_noise,

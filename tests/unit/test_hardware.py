@@ -61,6 +61,34 @@ def test_every_preset_can_be_read_and_believed() -> None:
         assert prior.read_dram[0] + prior.read_dram[1] * node.block_bytes == pytest.approx(0.5 * true_s, abs=1e-6)
 
 
+def test_a_chunk_is_shared_by_prompts_and_steps_on_coupled_nodes() -> None:
+    preset = load_hardware("a800-llama-70b")
+    apart, coupled = (preset.with_chunk(256, coupled=both) for both in (False, True))
+    assert (apart.tokens_per_pass_max, apart.prompts_per_pass_max, apart.sequences_max) == (256, 1, 256)
+    assert (coupled.tokens_per_pass_max, coupled.prompts_per_pass_max, coupled.sequences_max) == (256, 128, 128)
+    large = preset.with_chunk(8192, coupled=True)
+    assert (large.prompts_per_pass_max, large.sequences_max) == (256, 256), "no more than the preset has"
+
+
+def test_decode_room_is_whole_blocks() -> None:
+    preset = load_hardware("a800-llama-70b")
+    assert preset.with_decode_room(400_000).decode_blocks == 781
+    assert preset.with_decode_room(400_000).prefill_blocks == preset.prefill_blocks
+    with pytest.raises(ConfigError) as caught:
+        preset.with_decode_room(511)
+    assert caught.value.key == "decode-room"
+
+
+def test_links_and_prefill_are_scaled_and_decode_is_not() -> None:
+    preset = load_hardware("cpu-smollm2-135m")
+    scaled = preset.scaled(link=2.0, prefill=0.5)
+    assert scaled.link_bytes_per_s == 2 * preset.link_bytes_per_s
+    for name in ("prefill_pass_s", "prefill_token_s", "prefill_pair_s"):
+        assert getattr(scaled, name) == 2 * getattr(preset, name)
+    assert scaled.decode_step_s == preset.decode_step_s
+    assert preset.scaled() == preset
+
+
 def test_measured_coefficients_are_taken_as_they_are() -> None:
     node = hardware_of({**REST, "kv_token_bytes": 1000, "measured": MEASURED}, name="cpu")
     assert (node.name, node.prefill_token_s, node.decode_sequence_s, node.block_bytes) == ("cpu", 1e-3, 1e-3, 16_000)

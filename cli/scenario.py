@@ -24,6 +24,8 @@ COMBINATIONS_MAX = 1000
 
 NODES_MAX = 1000  # of one role: ten times the clusters that the conductor is built for
 SCALE_MAX = 1e6  # of speed and output lengths: beyond it times no longer differ
+CHUNK_MIN = 16  # tokens: below it a coupled node's pass has hardly room for a prompt beside its sequences
+TOKENS_MAX = 1_000_000_000
 
 SHOWN_AS = {"slo_ttft_s": "slo_ttft", "slo_tbt_s": "slo_tbt", "jitter_s": "jitter"}
 """Field -> option: an option's unit stands in its help."""
@@ -49,6 +51,10 @@ class Scenario:
         hardware: a preset's name or a YAML file.
         policy: of admission; "none" takes everything on.
         eviction: which cached blocks leave first.
+        chunk: tokens of one pass of prefill and coupled nodes, as Hardware.with_chunk; None: as the preset has it.
+        decode_room: KV tokens of one decode node; None: as the preset has it.
+        link_scale, mfu_scale: links, and prefill passes, are so many times as fast as the preset's.
+        hide_weights: Hardware.mixed_hides_weights of coupled nodes; None: as the preset has it.
         faults: as simulator.faults reads them: "crash=2,storm".
         belief_bias: each cost term is believed this share too high or too low, by a draw of the seed.
         belief: instead of that draw: every cost is believed this many times what it is ("1.2"); or the terms that are
@@ -73,6 +79,11 @@ class Scenario:
     decode: int = SimConfig.decode
     coupled: int = SimConfig.coupled
     hardware: str = "a800-llama-70b"
+    chunk: int | None = None
+    decode_room: int | None = None
+    link_scale: float = 1.0
+    mfu_scale: float = 1.0
+    hide_weights: bool | None = None
     policy: str = SimConfig.admission
     placement: str = SimConfig.placement
     eviction: str = SimConfig.eviction
@@ -91,6 +102,15 @@ class Scenario:
         for name in ("speedup", "output_scale"):
             value = getattr(self, name)
             _require(0 < value <= SCALE_MAX, name, value, f"a number above 0, at most {SCALE_MAX:g}")
+        for name in ("link_scale", "mfu_scale"):
+            value = getattr(self, name)
+            _require(0.001 <= value <= 1000, name, value, "0.001 to 1000 times the preset's")
+        for name, least in (("chunk", CHUNK_MIN), ("decode_room", 1)):
+            value = getattr(self, name)
+            _require(value is None or least <= value <= TOKENS_MAX, name, value, f"{least} to {TOKENS_MAX:,} tokens")
+        _require(
+            self.decode_room is None or self.decode > 0, "decode_room", self.decode_room, "a decode node to have it"
+        )
         for name in ("slo_ttft_s", "slo_tbt_s"):
             _require(0 < getattr(self, name) <= 1e6, name, getattr(self, name), "seconds, above 0 and at most 1e6")
         for name in ("prefill", "decode", "coupled"):

@@ -16,14 +16,11 @@ from cli.parallel import Crash, cores, require_all, run_all
 from cli.progress import progress
 from cli.scenario import FITS, Scenario, command, scenario, slug, sweep, swept, without_seed
 from cli.simulating import (
-    FIRST_SKIPPED,
     REPORT,
-    SKIPPED,
     Job,
     Tape,
     admissions,
     config_of,
-    left_out,
     simulate_job,
     simulate_scenario,
     trace_of,
@@ -33,7 +30,8 @@ from cli.simulating import (
 from cli.tables import make_console
 from report.curves import Sketch
 from report.html import LIBRARY, comparison_page, library
-from report.tables import comparison_tables, ranking_table, run_tables, seeds_table
+from report.notices import left_out_of, notices
+from report.tables import comparison_tables, over_seeds_table, ranking_table, run_tables, seeds_table
 from simulator.config import BELIEFS, EVICTIONS
 from simulator.policies import PLACEMENTS
 from simulator.presets import presets
@@ -53,6 +51,10 @@ WORKLOAD_OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ..
                  "[default: 3 where the trace has them in ticks of 3 s]"),
     click.option("--hardware", help=f"Preset ({', '.join(presets())}) or YAML file: what a node can do.  "
                  f"[default: {Scenario.hardware}]"),
+    click.option("--link-scale", type=float, help="Links are so many times as fast as the preset's.  [default: 1]"),
+    click.option("--mfu-scale", type=float, help="Prefill passes are: as if its MFU were so.  [default: 1]"),
+    click.option("--hide-weights/--no-hide-weights", default=None, help="A coupled node's pass reads the weights "
+                 "of its steps behind its prompts, or besides.  [default: the preset's]"),
     click.option("--seed", type=int, help="Same seed, same decisions.  [default: 1]"),
 )  # fmt: skip
 
@@ -60,6 +62,9 @@ CLUSTER_OPTIONS: tuple[Callable[[click.decorators.FC], click.decorators.FC], ...
     click.option("--prefill", type=int, help=f"Prefill nodes.  [default: {Scenario.prefill}]"),
     click.option("--decode", type=int, help=f"Decode nodes.  [default: {Scenario.decode}]"),
     click.option("--coupled", type=int, help="Nodes that do both.  [default: 0]"),
+    click.option("--chunk", type=int, help="Tokens of one pass of prefill and coupled nodes; on coupled ones prompts "
+                 "then share passes.  [default: the preset's]"),
+    click.option("--decode-room", type=int, help="KV tokens of one decode node.  [default: the preset's]"),
     click.option("--policy", help=f"Of admission: {', '.join(admissions())}.  [default: {Scenario.policy}]"),
     click.option("--placement", help=f"{', '.join(sorted(PLACEMENTS))}.  [default: {Scenario.placement}]"),
     click.option("--eviction", help=f"Which cached blocks leave first: {', '.join(EVICTIONS)}.  "
@@ -98,16 +103,22 @@ def with_options(
 @click.option(
     "--sweep", "sweeps", multiple=True, help='"OPTION=VALUE,VALUE": run them all; repeated, every combination.'
 )
-@click.option("--jobs", type=click.IntRange(1), help="Simulations at once in a sweep.  [default: all cores]")
+@click.option(
+    "--seeds", type=click.IntRange(1, 1000), help="As many runs, of --seed and those after it: how far they lie apart."
+)
+@click.option("--jobs", type=click.IntRange(1), help="Simulations at once, of several.  [default: all cores]")
 @click.option(
     "--out", type=click.Path(file_okay=False), help="Folder for the files.  [default: runs/…, named after the run]"
 )
 @click.option(
     "--record", type=click.Path(dir_okay=False, path_type=Path), help="Record the conductor's inputs, for `replay`."
 )
-def simulate(sweeps: tuple[str, ...], jobs: int | None, out: str | None, record: Path | None, **given: object) -> None:
+def simulate(
+    sweeps: tuple[str, ...], seeds: int | None, jobs: int | None, out: str | None, record: Path | None, **given: object
+) -> None:
     """Simulate a cluster on a trace; print what came of it; leave Parquet, JSON and an HTML report."""
     asked = scenario(given)
+    sweeps = with_seeds(sweeps, asked.seed, seeds)
     combinations = sweep(asked, sweeps) if sweeps else [("", asked)]
     for _, one in combinations:
         config_of(one)  # refuses what nobody knows before anything runs
@@ -122,10 +133,19 @@ def simulate(sweeps: tuple[str, ...], jobs: int | None, out: str | None, record:
         _simulate_one(asked, directory, console, record)
 
 
+def with_seeds(sweeps: tuple[str, ...], first: int, seeds: int | None) -> tuple[str, ...]:
+    """A sweep over so many seeds as well: the last axis, so that a group of equals runs together."""
+    if seeds is None or seeds == 1:
+        return sweeps
+    if "seed" in swept(sweeps):
+        raise click.UsageError("--seeds does not go with --sweep seed=…, which names them")
+    return (*sweeps, f"seed={','.join(str(seed) for seed in range(first, first + seeds))}")
+
+
 def _require_one_conductor(sweeps: Sequence[str], asked: Scenario) -> None:
     """A recording is of one conductor, from its beginning."""
     if sweeps:
-        raise click.UsageError("--record goes with one run, not with --sweep")
+        raise click.UsageError("--record goes with one run, not with --sweep or --seeds")
     if config_of(asked).faults.conductor:
         raise click.UsageError("--record is of one conductor: it does not go with the fault `conductor`")
 
@@ -152,7 +172,7 @@ def _simulate_one(asked: Scenario, directory: Path, console: Console, record: Pa
             tape.close(why)
     write(run, found, directory)
     console.print(*run_tables(found), sep="\n")
-    _say_left_out([found], console)
+    _say(notices(found.settings), console)
     if tape is not None:
         console.print(f"Recording: {escape(str(tape.path))}", soft_wrap=True)
     console.print(f"Report: {escape(str(directory / REPORT))}", soft_wrap=True)
@@ -190,9 +210,12 @@ def _report(sketches: Sequence[Sketch], directory: Path, console: Console, again
     if len(sketches) <= SIDE_BY_SIDE_MAX:
         console.print(*comparison_tables(sketches, console.width), sep="\n")
     groups = _by_seed(sketches)
-    if any(len(group) > 1 for group in groups.values()):
+    several = {label: group for label, group in groups.items() if len(group) > 1}
+    if len(groups) > 1 and several:
         console.print(seeds_table(groups))
-    _say_left_out(sketches, console)
+    if len(several) <= SIDE_BY_SIDE_MAX:
+        console.print(*(over_seeds_table(label, group) for label, group in several.items()), sep="\n")
+    _say(left_out_of(found.settings for found in sketches), console)
     for found in sketches:
         console.print(f"{found.digest}  {escape(found.label)}", soft_wrap=True)
     figures = [{"label": s.label, "settings": dict(s.settings), "digest": s.digest, "statistics": asdict(s.statistics)}
@@ -210,7 +233,6 @@ def _by_seed(sketches: Sequence[Sketch]) -> dict[str, list[Sketch]]:
     return groups
 
 
-def _say_left_out(sketches: Sequence[Sketch], console: Console) -> None:
-    said = {left_out(s.settings[SKIPPED], s.settings[FIRST_SKIPPED]) for s in sketches if SKIPPED in s.settings}
-    for sentence in sorted(said):
+def _say(sentences: Sequence[str], console: Console) -> None:
+    for sentence in sentences:
         console.print(sentence, style="yellow", markup=False, soft_wrap=True)

@@ -17,10 +17,12 @@ from halfmoon.errors import ConfigError
 from report import files
 from report.curves import Sketch, sketch
 from report.html import LIBRARY, run_page
+from report.notices import FIRST_SKIPPED, SKIPPED
 from report.records import Run
 from service.lines import create_fresh
 from simulator.config import EVICTIONS, SimConfig
 from simulator.faults import parse_faults
+from simulator.hardware_values import Hardware
 from simulator.policies import PLACEMENTS, make_conductor
 from simulator.presets import load_hardware
 from simulator.run import simulate
@@ -29,7 +31,6 @@ from workload.trace import Trace
 from workload.transforms import TICK_S
 
 REPORT = "report.html"
-SKIPPED, FIRST_SKIPPED = "lines skipped", "first line skipped"
 TICK_SLACK_S = 0.01
 """The published ticks are off by up to 3 ms."""
 
@@ -136,13 +137,11 @@ def _settings(run: Run, asked: Scenario, trace: Trace) -> dict[str, object]:
     said: dict[str, object] = {}
     for name, value in run.settings.items():
         said |= nodes if name == "nodes" else {name: value}
-    return said | ({SKIPPED: trace.skipped, FIRST_SKIPPED: trace.first_skipped} if trace.skipped else {})
-
-
-def left_out(skipped: object, first: object) -> str:
-    """A sentence for people, of what `Trace` counts and tells."""
-    lines = "1 malformed line was" if skipped == 1 else f"{skipped} malformed lines were"
-    return f"{lines} left out; the first: {first}"
+    varied = {name: getattr(asked, name) for name in ("link_scale", "mfu_scale") if getattr(asked, name) != 1.0}
+    if asked.coupled:
+        varied |= {"hide_weights": hardware_of(asked).mixed_hides_weights}
+    said |= varied
+    return said | ({SKIPPED: trace.skipped, FIRST_SKIPPED: list(trace.first_skipped)} if trace.skipped else {})
 
 
 def trace_of(asked: Scenario) -> Trace:
@@ -163,7 +162,7 @@ def config_of(asked: Scenario, trace: Trace | None = None) -> SimConfig:
     tick_s = TICK_S if trace is not None and ticked(trace) else 0.0
     require_policies(asked.policy, asked.placement, asked.eviction)
     return SimConfig(
-        hardware=load_hardware(asked.hardware),
+        hardware=hardware_of(asked),
         prefill=asked.prefill,
         decode=asked.decode,
         coupled=asked.coupled,
@@ -184,6 +183,20 @@ def config_of(asked: Scenario, trace: Trace | None = None) -> SimConfig:
         eviction=asked.eviction,
         faults=parse_faults(asked.faults),
     )
+
+
+def hardware_of(asked: Scenario) -> Hardware:
+    """The preset, and what the scenario changes of it.
+
+    Raises:
+        ConfigError: there is no such preset, or it cannot be changed so.
+    """
+    hardware = load_hardware(asked.hardware).scaled(link=asked.link_scale, prefill=asked.mfu_scale)
+    if asked.hide_weights is not None:
+        hardware = replace(hardware, mixed_hides_weights=asked.hide_weights)
+    if asked.chunk is not None:
+        hardware = hardware.with_chunk(asked.chunk, coupled=asked.coupled > 0)
+    return hardware if asked.decode_room is None else hardware.with_decode_room(asked.decode_room)
 
 
 def require_policies(admission: str, placement: str, eviction: str) -> None:

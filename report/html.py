@@ -16,7 +16,9 @@ from report import figures
 from report.curves import Sketch
 from report.figures import OVERLAID_MAX, Figure
 from report.lines import Line, decimal, headline, lines, signed
+from report.notices import left_out_of, notices
 from report.page import SCRIPT, STYLE
+from report.seeds import over_seeds
 
 LIBRARY = "plotly.min.js"
 """The file that pages may share; `library()` is what it holds."""
@@ -75,7 +77,8 @@ class Page:
 def run_page(sketch: Sketch, shared: str = "") -> str:
     """The page of one run. `shared`: see `Page`."""
     page = Page(sketch.title, shared)
-    page.add(_header(sketch.title, _about(sketch)) + _what(sketch) + _command(sketch.command))
+    page.add(_header(sketch.title, _about(sketch)) + _notices(notices(sketch.settings)))
+    page.add(_what(sketch) + _command(sketch.command))
     page.add(_cards(sketch))
     page.section(
         "Latency",
@@ -127,7 +130,10 @@ def comparison_page(title: str, sketches: Sequence[Sketch], command: str = "", s
     differing = figures.differing(sketches)
     same = {name: value for name, value in sketches[0].settings.items() if name not in differing}
     page.add(_header(title, f"{len(sketches)} runs, different in: {', '.join(differing) or 'nothing'}"))
+    page.add(_notices(left_out_of(sketch.settings for sketch in sketches)))
     page.add(_settings("What they share", same) + _command(command))
+    if list(differing) == ["seed"]:
+        page.add(_over_seeds(sketches))
     page.section(
         "Goodput",
         "Requests that finished within both limits, and what their neighbours cost.",
@@ -212,6 +218,24 @@ def _rows(rows: Sequence[Sequence[Line]]) -> Iterator[str]:
         yield f"<tr><th>{escape(named)}</th>{cells}</tr>"
 
 
+def _notices(sentences: Sequence[str]) -> str:
+    return "".join(f"<p class='about notice'>{escape(sentence)}</p>" for sentence in sentences)
+
+
+def _over_seeds(sketches: Sequence[Sketch]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("", "seeds", "mean", "std", "lowest", "highest"))
+    rows = "".join(
+        f"<tr><th>{escape(f'{figure.name}, {figure.unit}')}</th><td>{figure.count}</td>"
+        + "".join(f"<td>{decimal(v, figure.places)}</td>" for v in (figure.mean, figure.std, figure.low, figure.high))
+        + "</tr>"
+        for figure in over_seeds(sketches)
+    )
+    return (
+        f"<section><h2>Over {len(sketches)} seeds</h2><table class='figures'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{rows}</tbody></table></section>"
+    )
+
+
 def _residuals(residuals: Mapping[str, tuple[float, float]]) -> str:
     if not residuals:
         return ""
@@ -253,4 +277,6 @@ def _value(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_value(v)}" for name, v in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return "; ".join(_value(v) for v in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,6 +15,7 @@ h2 { font-size: 19px; margin: 0 0 4px; font-weight: 650; }
 h3 { font-size: 14px; margin: 12px 0 0; font-weight: 600; color: var(--quiet); }
 section { margin-top: 40px; }
 .brand { margin: 0; color: var(--accent); font-weight: 600; letter-spacing: .02em; }
+.notice { font-style: italic; }
 .about { margin: 0; color: var(--quiet); max-width: 80ch; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 12px; }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px; }

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from report.curves import Sketch
 from report.lines import Line, count, decimal, lines, of, percent, signed
+from report.seeds import over_seeds
 from report.statistics import Distribution, Statistics
 
 NAME_WIDTH = 33
@@ -101,6 +102,18 @@ def seeds_table(groups: Mapping[str, Sequence[Sketch]]) -> Table:
             _over([None if f.ttft is None else f.ttft.p90 for f in figures], 1.0, 2),
             _over([None if f.tbt_worst is None else f.tbt_worst.p90 for f in figures], 1e3, 1),
         )
+    return table
+
+
+def over_seeds_table(label: str, group: Sequence[Sketch]) -> Table:
+    """The main figures of runs that differ in their seed alone."""
+    table = _table(f"{label or group[0].title}: {len(group)} seeds")
+    table.add_column("", overflow="fold")
+    for head in ("seeds", "mean", "std", "lowest", "highest"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for figure in over_seeds(group):
+        cells = (decimal(value, figure.places) for value in (figure.mean, figure.std, figure.low, figure.high))
+        table.add_row(f"{figure.name}, {figure.unit}", count(figure.count), *cells)
     return table
 
 

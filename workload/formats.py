@@ -34,6 +34,7 @@ BLOCK_TOKENS = 512
 TOKENS_MAX = 1 << 24  # of one prompt or output: ten times the longest context that is served anywhere
 LINE_CHARS_MAX = 1 << 20  # 2,000 ids of a prompt of a million tokens take 20 kB: refuses binary files early
 REQUESTS_MAX = 4_000_000  # about 1 GB of values; a longer trace is read in part, by `limit`
+SKIPPED_TOLD = 3  # of malformed lines: one shows a slip, three a pattern
 
 FORMATS = ("mooncake", "azure", "burstgpt")
 _COLUMNS = {
@@ -66,7 +67,7 @@ def parse_trace(
     Args:
         source: the file's name, for errors and reports.
         kind: one of FORMATS, or "auto": told by the first line that is not blank.
-        skip_bad: leave malformed lines out, count them in `Trace.skipped` and tell of the first.
+        skip_bad: leave malformed lines out, count them in `Trace.skipped` and tell of the first few.
         limit: read this many good lines and no more.
 
     Raises:
@@ -136,10 +137,11 @@ def _columns(text: str) -> list[str]:
 
 def _collect(
     rows: Iterable[Line], parser: Parser, source: str, skip_bad: bool, limit: int | None
-) -> tuple[list[TraceRequest], int, str]:
+) -> tuple[list[TraceRequest], int, tuple[str, ...]]:
     """The good lines' requests, how many lines were skipped, and what is wrong with the first of those."""
     requests: list[TraceRequest] = []
-    skipped, first_skipped = 0, ""
+    skipped = 0
+    first_skipped: tuple[str, ...] = ()
     for number, text in rows:
         if limit is not None and len(requests) >= limit:
             break
@@ -150,7 +152,7 @@ def _collect(
             if not skip_bad:
                 raise error from None
             skipped += 1
-            first_skipped = first_skipped or str(error)
+            first_skipped = (*first_skipped, str(error))[:SKIPPED_TOLD]
             continue
         if len(requests) == REQUESTS_MAX:
             expected = f"at most {REQUESTS_MAX:,} requests, or a limit on how many to read"

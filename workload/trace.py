@@ -32,11 +32,11 @@ class Trace:
         source: where it is from, for tables and reports.
         block_tokens: tokens of one id in `block_ids`.
         skipped: malformed lines that were left out on request.
-        first_skipped: where the first of them is, and what is wrong with it; empty: there is none.
+        first_skipped: where the first few of them are, and what is wrong with each; empty: there is none.
     """
 
     source: str
     block_tokens: int
     requests: tuple[TraceRequest, ...]
     skipped: int = 0
-    first_skipped: str = ""
+    first_skipped: tuple[str, ...] = ()

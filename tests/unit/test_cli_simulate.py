@@ -6,13 +6,14 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from click.testing import CliRunner, Result
 
 from cli.main import main
 from cli.scenario import Scenario, command, sweep
-from cli.simulate import default_name
+from cli.simulate import default_name, with_seeds
 from cli.simulating import config_of, simulate_scenario, ticked, trace_of
 from halfmoon.errors import Failed
 from report.files import load
@@ -46,8 +47,10 @@ def test_a_simulation_prints_what_it_leaves_in_files(done: tuple[Result, Path]) 
     assert f"digest: {run.digest}" in result.output
     assert f"{figures.served_kv_tokens:,}" in result.output
     assert f"Report: {directory / 'report.html'}" in result.output
+    assert "One seed, 1: another draws other noise and beliefs" in result.output
     page = (directory / "report.html").read_text()
     assert run.digest in page
+    assert "One seed, 1: another draws other noise and beliefs" in page
     assert f"<td>{figures.served_kv_tokens:,}</td>" in page
 
 
@@ -102,6 +105,31 @@ def test_seeds_of_a_sweep_are_put_together(tmp_path: Path) -> None:
         assert re.search(rf"policy {policy} +2 +{re.escape(said)}", table), table
 
 
+def test_so_many_seeds_are_run_and_put_together(tmp_path: Path) -> None:
+    words = ("--seed", "4", "--seeds", "3", "--jobs", "1", "--out", str(tmp_path))
+    result = halfmoon("simulate", *SMALL, *FAST, *words)
+    assert result.exit_code == 0, result.output
+    runs = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert [run["label"] for run in runs] == ["seed 4", "seed 5", "seed 6"]
+    p90s = [run["statistics"]["ttft"]["p90"] for run in runs]
+    cells = (fmean(p90s), stdev(p90s), min(p90s), max(p90s))
+    said = " +".join(["TTFT p90, s", "3", *(f"{value:.2f}" for value in cells)])
+    assert "3 seeds" in result.output
+    assert re.search(said, result.output), result.output
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Over 3 seeds</h2>" in page
+    assert f"<tr><th>TTFT p90, s</th><td>3</td><td>{cells[0]:.2f}</td>" in page
+    assert "One seed, 5: another draws" in next(tmp_path.glob("002-*/report.html")).read_text()
+
+
+def test_seeds_are_named_once() -> None:
+    both = halfmoon("simulate", *SMALL, "--seeds", "3", "--sweep", "seed=1,2")
+    assert (both.exit_code, "--seeds does not go with --sweep seed" in both.output) == (2, True)
+    taped = halfmoon("simulate", *SMALL, "--seeds", "3", "--record", "x.jsonl")
+    assert (taped.exit_code, "not with --sweep or --seeds" in taped.output) == (2, True)
+    assert with_seeds((), 7, 1) == with_seeds((), 7, None) == ()
+
+
 def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(FIXTURE.read_text().splitlines()[0] + "\nnonsense\n")
@@ -132,6 +160,10 @@ def test_one_that_fails_in_a_sweep_is_named_with_its_command(tmp_path: Path) -> 
         (("--hardware", "/nowhere/node.yaml"), ("hardware", "'/nowhere/node.yaml'", "no such file")),
         (("--faults", "slow_tier=50"), ("faults.slow_tier", "no node has a DRAM tier", "a800-llama-70b-dram")),
         (("--trace", "/nowhere/trace.jsonl"), ("/nowhere/trace.jsonl",)),
+        (("--chunk", "8"), ("simulate.chunk", "16 to 1,000,000,000 tokens")),
+        (("--decode-room", "100"), ("decode-room", "a block, 512 tokens, at least")),
+        (("--decode-room", "9000", "--decode", "0", "--coupled", "1"), ("simulate.decode-room", "a decode node")),
+        (("--mfu-scale", "0"), ("simulate.mfu-scale", "0.001 to 1000 times")),
         (("--sweep", "polcy=none"), ("simulate.sweep", "'polcy'", "policy")),
         (("--sweep", "policy=none,wishful"), ("simulate.policy", "'wishful'")),
     ],
@@ -152,13 +184,30 @@ def test_malformed_lines_are_refused_or_counted(tmp_path: Path) -> None:
     assert "line 21" in refused.output
     taken = halfmoon("simulate", "--trace", str(bad), "--skip-bad", "--out", str(tmp_path / "out"))
     assert taken.exit_code == 0, taken.output
-    assert load(tmp_path / "out").settings["lines skipped"] == 1
-    said = f"1 malformed line was left out; the first: {bad}, line 21, input_length: "
+    settings = load(tmp_path / "out").settings
+    said = f"1 malformed line was left out: {bad}, line 21, input_length: "
+    assert settings["lines skipped"] == 1
+    assert settings["first lines skipped"] == [taken.output.split("left out: ")[1].splitlines()[0]]
     assert said in taken.output
+    assert said in (tmp_path / "out" / "report.html").read_text()
     sweeps = ("--sweep", "seed=1,2", "--jobs", "1")
     swept = halfmoon("simulate", "--trace", str(bad), "--skip-bad", *sweeps, "--out", str(tmp_path / "swept"))
     assert swept.output.count(said) == 1, swept.output
-    limits = ("--slo-ttft", "3", "--slo-tbt", "0.1", "--gpus", "8", "--policies", "none", "--seeds", "1")
+    assert said in (tmp_path / "swept" / "report.html").read_text()
+    limits = (
+        "--slo-ttft",
+        "3",
+        "--slo-tbt",
+        "0.1",
+        "--gpus",
+        "8",
+        "--policies",
+        "none",
+        "--seeds",
+        "1",
+        "--chunks",
+        "512",
+    )
     planned = halfmoon("plan", "--trace", str(bad), "--skip-bad", *limits, "--jobs", "1")
     assert planned.output.count(said) == 1, planned.output
 
@@ -206,6 +255,35 @@ def test_a_sweep_may_vary_what_leaves_first() -> None:
     assert "--eviction lfu" in command(asked[1])
 
 
+def test_a_cluster_is_changed_by_options_that_a_sweep_may_vary() -> None:
+    base = Scenario(trace="t", prefill=0, decode=0, coupled=2)
+    chunks = [config_of(one).hardware for _, one in sweep(base, ["chunk=256,8192"])]
+    assert [(h.tokens_per_pass_max, h.prompts_per_pass_max) for h in chunks] == [(256, 128), (8192, 256)]
+    hides = [config_of(one).hardware.mixed_hides_weights for _, one in sweep(base, ["hide-weights=true,false"])]
+    assert hides == [True, False]
+    apart = replace(
+        base, prefill=1, decode=1, coupled=0, chunk=2048, decode_room=400_000, link_scale=2.0, mfu_scale=0.5
+    )
+    plain, changed = (config_of(one).hardware for one in (Scenario(trace="t"), apart))
+    assert (changed.tokens_per_pass_max, changed.prompts_per_pass_max, changed.decode_blocks) == (2048, 1, 781)
+    assert changed.link_bytes_per_s == 2 * plain.link_bytes_per_s
+    assert changed.prefill_pair_s == 2 * plain.prefill_pair_s
+    said = command(apart)
+    assert "--chunk 2048 --decode-room 400000 --link-scale 2 --mfu-scale 0.5" in said
+    assert "hide-weights" not in said
+    assert "--no-hide-weights" in command(replace(base, hide_weights=False))
+
+
+def test_smaller_chunks_let_a_coupled_node_keep_its_gaps_short(tmp_path: Path) -> None:
+    nodes = ("--prefill", "0", "--decode", "0", "--coupled", "2")
+    words = ("--sweep", "chunk=256,8192", "--jobs", "1", "--out", str(tmp_path))
+    result = halfmoon("simulate", *SMALL, *nodes, *words)
+    assert result.exit_code == 0, result.output
+    small, large = json.loads((tmp_path / "sweep.json").read_text())["runs"]
+    assert [run["settings"]["chunk_tokens"] for run in (small, large)] == [256, 8192]
+    assert small["statistics"]["tbt_worst"]["p90"] < large["statistics"]["tbt_worst"]["p90"] / 3
+
+
 def test_a_broken_promise_ends_with_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Simulation, on_progress: object) -> None:
         raise AssertionError("a block is held twice")
@@ -221,35 +299,57 @@ def test_a_broken_promise_ends_with_the_whole_command(monkeypatch: pytest.Monkey
         assert option in how
 
 
+PLANNED = ("plan", "--trace", str(FIXTURE), "--requests", "20", "--speedup", "8", "--jobs", "1")
+
+
 def test_a_plan_answers_from_simulations_and_says_so() -> None:
-    result = halfmoon(
-        "plan", "--trace", str(FIXTURE), "--requests", "20", "--speedup", "8", "--slo-ttft", "3", "--slo-tbt", "0.1",
-        "--gpus", "16", "--seeds", "1",
-    )  # fmt: skip
+    limits = ("--slo-ttft", "3", "--slo-tbt", "0.1", "--goal", "5")
+    result = halfmoon(*PLANNED, *limits, "--gpus", "16", "--seeds", "1", "--policies", "none", "--chunks", "256,2048")
     assert result.exit_code == 0, result.output
     for shape in ("1P+1D", "2C"):
         assert shape in result.output
-    best = re.search(r"Best: (\S+), (\w+): ([\d.]+) effective requests/s, ([\d.]+) % of all", result.output)
+    said = r"Best: (\S+), none, chunks of ([\d,]+): ([\d.]+) effective requests/s, ([\d.]+) % of all"
+    best = re.search(said, result.output)
     assert best is not None
     prefill, decode = re.fullmatch(r"(\d)P\+(\d)D", best.group(1)).groups() if "P" in best.group(1) else ("0", "0")  # type: ignore[union-attr]
     coupled = best.group(1)[:-1] if best.group(1).endswith("C") else "0"
     asked = Scenario(
         trace=str(FIXTURE), requests=20, speedup=8.0, slo_ttft_s=3.0, prefill=int(prefill), decode=int(decode),
-        coupled=int(coupled), policy=best.group(2),
+        coupled=int(coupled), policy="none", chunk=int(best.group(2).replace(",", "")),
     )  # fmt: skip
     found, _ = simulate_scenario(asked, trace_of(asked))
     assert best.group(4) == f"{found.statistics.effective / 20 * 100:.1f}"
-    assert "simulations of 20 requests" in result.output
+    runs = re.search(r"from (\d+) simulations \((\d+) search, (\d+) sensitivity\) of 20 requests", result.output)
+    assert runs is not None, result.output
+    assert (runs.group(1), runs.group(2)) == (str(int(runs.group(2)) + int(runs.group(3))), "4")
     assert "nothing was measured on hardware" in result.output
-    assert "costs believed" in result.output
+    for change in ("costs believed", "another chunk", "TTFT limit", "TBT limit", "link speed", "MFU of prefill",
+                   "output length", "weights of mixed passes: behind prompts, 2C"):  # fmt: skip
+        assert change in result.output
     assert f"See it whole: {command(asked)}" in result.output
 
 
-def test_a_plan_compares_its_finalists_over_seeds() -> None:
-    result = halfmoon(
-        "plan", "--trace", str(FIXTURE), "--requests", "20", "--speedup", "8", "--slo-ttft", "3", "--slo-tbt", "0.1",
-        "--gpus", "16", "--policies", "none", "--seeds", "2",
+def test_a_plan_says_when_nothing_keeps_the_limits() -> None:
+    limits = ("--slo-ttft", "0.01", "--slo-tbt", "0.1")
+    result = halfmoon(*PLANNED, *limits, "--gpus", "8", "--seeds", "1", "--policies", "none", "--chunks", "512")
+    assert result.exit_code == 3, result.output
+    assert "Best:" not in result.output
+    assert "No candidate keeps these limits: both for 90 % of all requests (--goal)." in result.output
+    asked = Scenario(
+        trace=str(FIXTURE), requests=20, speedup=8.0, slo_ttft_s=0.01, prefill=0, decode=0, coupled=1, policy="none",
+        chunk=512,
     )  # fmt: skip
+    ttft = simulate_scenario(asked, trace_of(asked))[0].statistics.ttft
+    assert ttft is not None
+    assert re.search(rf"1C, none, chunks of 512 +0.0 +100.0 +{ttft.p90:,.2f} ", result.output), result.output
+    assert "With twice its nodes: 0.0 % keep both" in result.output
+    assert "more nodes of this kind, so used, would hardly reach 90 %" in result.output
+    assert "3 simulations (1 search, 2 more nodes, less load)" in result.output
+
+
+def test_a_plan_compares_its_finalists_over_seeds() -> None:
+    limits = ("--slo-ttft", "3", "--slo-tbt", "0.1", "--goal", "5")
+    result = halfmoon(*PLANNED, *limits, "--gpus", "16", "--policies", "none", "--seeds", "2", "--chunks", "2048")
     assert result.exit_code == 0, result.output
     finalists = result.output.split("The finalists over 2 seeds: mean (lowest to highest)")[1].split("Sensitivity")[0]
     for shape in ("1P+1D", "2C"):
@@ -257,7 +357,14 @@ def test_a_plan_compares_its_finalists_over_seeds() -> None:
         for seed in (1, 2):
             nodes = {"prefill": 1, "decode": 1} if shape == "1P+1D" else {"prefill": 0, "decode": 0, "coupled": 2}
             asked = Scenario(
-                trace=str(FIXTURE), requests=20, speedup=8.0, slo_ttft_s=3.0, policy="none", seed=seed, **nodes
+                trace=str(FIXTURE),
+                requests=20,
+                speedup=8.0,
+                slo_ttft_s=3.0,
+                policy="none",
+                seed=seed,
+                chunk=2048,
+                **nodes,
             )
             shares.append(simulate_scenario(asked, trace_of(asked))[0].statistics.effective / 20 * 100)
         assert f"{sum(shares) / 2:.1f} ({min(shares):.1f} to {max(shares):.1f})" in finalists
@@ -272,6 +379,7 @@ def test_a_plan_compares_its_finalists_over_seeds() -> None:
     [
         (("--gpus", "12"), "plan.gpus: got 12; expected a multiple of --gpus-per-node, 8"),
         (("--gpus", "0"), "plan.gpus: got 0; expected at least 1"),
+        (("--gpus", "16", "--chunks", "many"), "plan.chunks: got 'many'; expected numbers of tokens"),
         (("--gpus", "16", "--policies", "wishful"), "simulate.policy: got 'wishful'"),
         (("--gpus", "16", "--slo-ttft", "-1"), "plan.slo-ttft: got -1.0"),
     ],

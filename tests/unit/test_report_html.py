@@ -38,6 +38,13 @@ def page(one: Sketch) -> str:
     return run_page(one)
 
 
+def test_the_first_lines_that_were_left_out_stand_at_the_top() -> None:
+    settings = {"lines skipped": 7, "first lines skipped": ["line 2: <none>", "line 5", "line 9"]}
+    page = run_page(sketch(run(row(), settings=settings)))
+    assert "7 malformed lines were left out; the first 3: line 2: &lt;none&gt;; line 5; line 9" in page
+    assert "One seed" not in page, "nobody said that it had one"
+
+
 def test_the_page_has_every_figure_of_the_run(one: Sketch, page: str) -> None:
     for _, value, _ in headline(one):
         assert f">{value}<" in page

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from cli.scenario import scenario
-from cli.simulate import default_name, simulate
+from cli.simulate import default_name, simulate, with_seeds
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "simulate.md"
 
@@ -19,6 +19,8 @@ def test_reports_lie_where_the_page_says() -> None:
     for report in reports:
         said = re.findall(r"^halfmoon simulate (.*)$", text[: report.start()], re.MULTILINE)[-1]
         asked = simulate.make_context("simulate", shlex.split(said)).params
-        sweeps, _, out = (asked.pop(name) for name in ("sweeps", "jobs", "out"))
+        sweeps, seeds, _, out = (asked.pop(name) for name in ("sweeps", "seeds", "jobs", "out"))
         assert out is None
-        assert report.group(1) == f"runs/{default_name(scenario(asked), sweeps)}/report.html"
+        said_to = scenario(asked)
+        name = default_name(said_to, with_seeds(sweeps, said_to.seed, seeds))
+        assert report.group(1) == f"runs/{name}/report.html"

@@ -135,6 +135,8 @@ def test_a_failed_request_of_burstgpt_has_no_answer() -> None:
     with pytest.raises(TraceError, match="t, line 4, Response tokens: got 0; expected an integer from 1"):
         parse(text)
     assert parse_trace(text.splitlines(), source="t", skip_bad=True).skipped == 3
+    many = parse_trace([*text.splitlines(), *["nonsense"] * 3], source="t", skip_bad=True)
+    assert (many.skipped, len(many.first_skipped)) == (6, 3)
 
 
 @pytest.mark.parametrize("text", ["hello\n", "a,b,c\n1,2,3\n", "TIMESTAMP,ContextTokens\n"])

@@ -182,7 +182,7 @@ class FrontEnd:
     # ---- from the clock ----
 
     def tick(self) -> None:
-        """Deadlines, first tokens that were held back for long enough, holes and slow readers."""
+        """Deadlines, holes and slow readers."""
         now_s = self.clock()
         for session in list(self._sessions.values()):
             self._check(session, now_s)
@@ -213,6 +213,19 @@ class FrontEnd:
             self._hole(session)
         if ending is not None:
             self._finish(session, ending, now_s)
+        elif session.holding:
+            self._release(session)
+
+    def _release(self, session: Session) -> None:
+        """Show the first token once it was held for long enough, if no second one came and the request is open."""
+        now_s = self.clock()
+        if not (session.is_open and session.holding):
+            return
+        if session.release(now_s):
+            self._wake(session)
+        else:
+            left_s = max(1e-3, session.log.hold_until_s - now_s)
+            asyncio.get_running_loop().call_later(left_s, self._release, session)
 
     def _finish(self, session: Session, ending: Ending, now_s: float) -> None:
         request_id = session.spec.request_id
@@ -249,8 +262,6 @@ class FrontEnd:
 
     def _check(self, session: Session, now_s: float) -> None:
         config, request_id = self.config, session.spec.request_id
-        if session.release(now_s):
-            self._wake(session)
         hole_s = session.log.hole_since_s
         if now_s >= session.deadline_at_s:
             self._abandon(session, DeadlineExceeded(f"{request_id}: its deadline passed"), "deadline", drop=False)

@@ -38,7 +38,8 @@ CHECKED_MIN = 10
 
 
 class Served(NamedTuple):
-    """What a request gets, in seconds, as its client sees it. `tbt_s`: the mean of its worst tenth of gaps.
+    """What a request gets, in seconds. `ttft_s`: until its first token is there; that the front end may keep it longer
+    breaks no limit on TTFT. `tbt_s`: the mean of its worst tenth of gaps, as its client sees them.
 
     `room`: it found decode room when it asked, for as long as it stayed.
     """
@@ -106,7 +107,7 @@ class Hindsight:
         served = [past for past in run.pasts if past.met is not None]
         outputs = [past.output_tokens for past in served if past.output_tokens]
         self._output_tokens = sum(outputs) / len(outputs) if outputs else 1.0
-        ttfts = [(self._raw(past).ttft_s, past.terms["ttft_s"][1]) for past in served]
+        ttfts = [(self._raw(past).ttft_s, _there_s(past)) for past in served]
         tbts = [(self._raw(past).tbt_s, past.terms["tbt_worst_s"][1]) for past in served]
         self._late_s = _median([actual - raw for raw, actual in ttfts if actual is not None], 0.0)
         self._rough = _median([actual / raw for raw, actual in tbts if actual is not None and raw > 0.0], 1.0)
@@ -141,7 +142,15 @@ class Hindsight:
         if not late:
             return Served(served.ttft_s + wait_s, served.tbt_s, False)
         worst = max(1, round(self._output_tokens / WORST_ONE_IN))
-        return Served(served.ttft_s, served.tbt_s + wait_s / worst, False)
+        shows_s = max(0.0, wait_s - self._held_s(past, served.ttft_s))
+        return Served(served.ttft_s, served.tbt_s + shows_s / worst, False)
+
+    def _held_s(self, past: Past, there_s: float) -> float:
+        """How long its front end keeps the first token at most (`AdmissionConfig.hold_first_share`)."""
+        ttft_s, tbt_s = past.limits.ttft_s, past.limits.tbt_s
+        if ttft_s is None or tbt_s is None:
+            return 0.0
+        return max(0.0, self._run.config.admission.hold_first_share * ttft_s - there_s)
 
     def _tenants_of(self, node_id: NodeId) -> Tenants:
         if node_id not in self._tenants:
@@ -172,7 +181,7 @@ class Hindsight:
             got = self.served(past)
             if past.limits != Slo():
                 verdicts.append((_met(got, past, 0.0, 0.0), past.met))
-            ttft_s, tbt_s = past.terms["ttft_s"][1], past.terms["tbt_worst_s"][1]
+            ttft_s, tbt_s = _there_s(past), past.terms["tbt_worst_s"][1]
             ttft_off += [abs(got.ttft_s - ttft_s)] if ttft_s is not None else []
             tbt_off += [abs(got.tbt_s - tbt_s)] if tbt_s is not None else []
         said = [met == was for met, was in verdicts if met is not None]
@@ -186,6 +195,12 @@ class Hindsight:
             ttft_limit_s=_median_of([slo.ttft_s for slo in judged]),
             tbt_limit_s=_median_of([slo.tbt_s for slo in judged]),
         )
+
+
+def _there_s(past: Past) -> float | None:
+    """When its first token was there, whether or not it was kept then."""
+    shown_s, held_s = past.terms["ttft_s"][1], past.terms["held_s"][1]
+    return None if shown_s is None else shown_s - (held_s or 0.0)
 
 
 def free_at(stays: Sequence[Stay], at_s: float, ready_s: float, request_id: str) -> float:

@@ -88,6 +88,11 @@ class Session:
         self.release(now_s)
         return verdict, None
 
+    @property
+    def holding(self) -> bool:
+        """Its first token is there and not shown yet."""
+        return bool(self._held)
+
     def release(self, now_s: float) -> bool:
         """Show what was held back, unless it still is to be. True: there was something. Modifies self."""
         if not self._held or self.log.holds(now_s):

@@ -41,7 +41,7 @@ class StreamLog:
         self.closed = False
         self._last_number = -1
         self._first_index = 0
-        self._hold_until_s = 0.0
+        self.hold_until_s = 0.0
         self.first_came_s: float | None = None
         self._ahead: dict[int, Token] = {}
 
@@ -64,19 +64,19 @@ class StreamLog:
         self.attempt = attempt
         self._last_number = attempt.number
         self._first_index = len(self._ids)
-        self._hold_until_s = 0.0
+        self.hold_until_s = 0.0
         self._forget_ahead()
 
     def hold_first(self, until_s: float) -> None:
         """Until then this attempt's first token is not to be shown alone, if it is the output's (`holds`)."""
-        self._hold_until_s = until_s
+        self.hold_until_s = until_s
 
     def holds(self, now_s: float) -> bool:
         """Whether the one token that there is waits for the second before its client sees it.
 
         The second may be long in coming, where decode room was left for later; the client asked for short gaps.
         """
-        return len(self._ids) == 1 and now_s < self._hold_until_s and self._finish_reason is None and not self.closed
+        return len(self._ids) == 1 and now_s < self.hold_until_s and self._finish_reason is None and not self.closed
 
     def suspend(self) -> tuple[int, ...]:
         """The current attempt is lost: nothing counts until `begin`. Returns the ids to resume after. Modifies self."""

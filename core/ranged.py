@@ -2,7 +2,8 @@
 
 Up to the largest inputs seen (stretched a little) the fitted coefficients hold. What a question has beyond them is
 priced by peers of the same kind, who may have seen as much, and the whole is at most a factor above what they would
-take: who is believed to be slow gets no work, and never shows that it is not. Where no peer has, it is the fit again,
+take, or what it was measured to take for the part inside: who is believed to be slow gets no work, and never shows that
+it is not. Where no peer has, it is the fit again,
 but with each coefficient within a factor of the prior's, scaled to the level that was measured at the edge. So whatever
 two noisy small measurements look like, a question a hundred times as large is never answered by their curvature alone.
 """
@@ -91,7 +92,7 @@ class Ranged:
         if self._peers is not None:
             theirs = self._peers.seconds(features, watched=watched)
             more = max(0.0, theirs - self._peers.seconds(inside, watched=watched))
-            return min(seconds + more, PEERS_RATIO * theirs)
+            return max(seconds, min(seconds + more, PEERS_RATIO * theirs))
         beyond = [x - y for x, y in zip(features, inside, strict=True)]
         return seconds + _dot(self._slopes(coefficients), beyond)
 

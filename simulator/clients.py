@@ -44,15 +44,21 @@ class Clients:
     Args:
         on_finished: called when a request's last token has come, after its end.
         on_hole: called when too many tokens came ahead of one that is missing.
+        on_held: called when a first token is held back: it is to be shown at `log.hold_until_s` at the latest.
     """
 
-    def __init__(self, on_finished: Callable[[Client], None], on_hole: Callable[[Client], None]) -> None:
+    def __init__(
+        self,
+        on_finished: Callable[[Client], None],
+        on_hole: Callable[[Client], None],
+        on_held: Callable[[Client], None],
+    ) -> None:
         self.open: dict[RequestId, Client] = {}
         self.counts: Counter[str] = Counter()
         self._on_finished = on_finished
         self._on_hole = on_hole
+        self._on_held = on_held
         self._holes: dict[RequestId, Client] = {}
-        self._held: dict[RequestId, Client] = {}
 
     def offer(self, token: Token, now_s: float) -> None:
         """A token has come; unknown requests have ended."""
@@ -68,7 +74,7 @@ class Clients:
             client.first_attempt = token.attempt_id.number
         client.show(now_s)
         if client.holding:
-            self._held[client.spec.request_id] = client
+            self._on_held(client)
         if client.log.finish_reason is not None:
             self._on_finished(client)
 
@@ -96,12 +102,6 @@ class Clients:
             del self._holes[request_id]
         since = [(c, c.log.hole_since_s) for c in self._holes.values()]
         return [client for client, since_s in since if since_s is not None and since_s < before_s]
-
-    def release(self, now_s: float) -> None:
-        """Show the first tokens that were held back for long enough."""
-        for client in self._held.values():
-            client.show(now_s)
-        self._held = {name: client for name, client in self._held.items() if client.holding and name in self.open}
 
     def close(self, client: Client) -> None:
         """Its terminal event: whatever else comes for it is unknown."""

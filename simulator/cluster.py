@@ -85,7 +85,7 @@ class Cluster:
     ) -> None:
         self.world, self.physics, self.rng = world, physics, rng
         self.peers = Peers(weather)
-        self.clients = Clients(self._finished, self._hole)
+        self.clients = Clients(self._finished, self._hole, self._held)
         self.log = DecisionLog()
         self.counters: Counter[str] = Counter()
         self.links: dict[NodeId, Link] = {}
@@ -289,7 +289,6 @@ class Cluster:
         self._perform(self.machine.on_tick(now_s))
         if self._audit is not None:
             self.machine.check_invariants()
-        self.clients.release(now_s)
         for client in self.clients.holes(now_s - HOLE_S):
             self._hole(client)
         for link in self.links.values():
@@ -359,6 +358,10 @@ class Cluster:
         client = self.clients.open.get(hold.request_id)
         if client is not None:
             client.log.hold_first(self.world.now_s + hold.hold_s)
+
+    def _held(self, client: Client) -> None:
+        until_s = client.log.hold_until_s
+        self.world.at(until_s, lambda: client.show(until_s))
 
     def _resume(self, resume: Resume) -> None:
         """Answer with the log, in which every token is that has come by now."""

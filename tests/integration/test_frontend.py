@@ -207,6 +207,29 @@ def test_a_second_token_may_overtake_the_first() -> None:
     run(story())
 
 
+@pytest.mark.parametrize(("slo_ttft_s", "together"), [(5.0, True), (0.2, False)])
+def test_a_first_token_is_held_for_its_second_but_not_beyond_its_limit(slo_ttft_s: float, together: bool) -> None:
+    """The decode worker takes 0.4 s for a step, and hand-overs have lately been slow."""
+
+    async def story() -> None:
+        prefill, decode = pair()
+        decode.step_s = 0.4
+        async with house(prefill, decode) as it:
+            it.driver.machine._desk.handovers_s.append(1.0)
+            result = await it.client.complete("ab", max_tokens=3, slo_ttft_s=slo_ttft_s, slo_tbt_s=0.5)
+            assert result.text == digits(b"ab", 3)
+            ttft_s, (first_s, second_s) = result.timings.ttft_s, result.timings.tbt_s
+            assert second_s > 0.3
+            if together:
+                assert ttft_s >= 0.4
+                assert first_s < 0.1
+            else:
+                assert 0.19 <= ttft_s < 0.39
+                assert first_s > 0.05
+
+    run(story())
+
+
 def test_the_end_of_sequence_is_counted_and_not_shown() -> None:
     async def story() -> None:
         script = lambda prompt, index: EOS if index == 5 else counting(prompt, index)  # noqa: E731

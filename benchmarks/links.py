@@ -83,7 +83,7 @@ def _filled_arena(num_slots: int, block_bytes: int) -> tuple[DeviceArena, list[B
 
 def _send_all(source: Any, batches: Sequence[Batch]) -> None:
     for batch in batches:
-        source.send(batch, TIMEOUT_S)
+        source.send(batch, TIMEOUT_S, TIMEOUT_S)
 
 
 def _plain_group(folder: str, rank: int) -> Any:
@@ -223,7 +223,7 @@ def _checksum_all(arena: DeviceArena) -> None:
 
 def _receive_all(link: Any, batches: Sequence[Batch]) -> None:
     for batch in batches:
-        link.recv(batch, TIMEOUT_S)
+        link.recv(batch, TIMEOUT_S, TIMEOUT_S)
 
 
 # ---- report --------------------------------------------------------------------------------------------------------

@@ -60,14 +60,15 @@ def choose_link(*, setting: str, same_host: bool, source_device: str, sink_devic
 class SinkLink(Protocol):
     """The receiving end of one directed pair. Called from one thread at a time."""
 
-    def recv(self, batch: Batch, timeout_s: float) -> None:
+    def recv(self, batch: Batch, timeout_s: float, stall_s: float) -> None:
         """Bring every piece of the batch into its target slot, and verify it.
 
         On return all bytes are here and right; on a raise none of them may be used. Either way nothing writes to the
         target slots any more.
 
         Raises:
-            TransferTimeout, PeerLost, IntegrityError: within about timeout_s.
+            TransferTimeout, PeerLost, IntegrityError: within about timeout_s, and within about stall_s of the last
+                piece, or part of one, that came.
         """
         ...
 
@@ -83,11 +84,11 @@ class SinkLink(Protocol):
 class SourceLink(Protocol):
     """The sending end of one directed pair. Called from one thread at a time; one-sided links never call `send`."""
 
-    def send(self, batch: Batch, timeout_s: float) -> None:
+    def send(self, batch: Batch, timeout_s: float, stall_s: float) -> None:
         """Send every piece of the batch. On return or raise nothing reads its slots any more.
 
         Raises:
-            TransferTimeout, PeerLost: within about timeout_s.
+            TransferTimeout, PeerLost: within about timeout_s, and within about stall_s of the last piece that left.
         """
         ...
 

@@ -86,10 +86,11 @@ class MemorySink:
         self._target = target
         self._channel = net.open(name)
 
-    def recv(self, batch: Batch, timeout_s: float) -> None:
-        deadline = Deadline(timeout_s)
+    def recv(self, batch: Batch, timeout_s: float, stall_s: float) -> None:
+        deadline = Deadline(timeout_s, stall_s)
         for piece in batch.pieces:
             data = self._next(batch, piece, deadline)
+            deadline.moved()
             found = copy_and_checksum(self._target.slot(piece.target), np.frombuffer(data, dtype=np.uint8))
             if piece.checksum is not None and found != piece.checksum:
                 raise IntegrityError(f"{batch.transfer_id}: block {piece.index} differs from its checksum")
@@ -126,14 +127,15 @@ class MemorySource:
         self._arenas = dict(arenas)
         self._interrupted = False
 
-    def send(self, batch: Batch, timeout_s: float) -> None:
-        deadline = Deadline(timeout_s)
+    def send(self, batch: Batch, timeout_s: float, stall_s: float) -> None:
+        deadline = Deadline(timeout_s, stall_s)
         for piece in batch.pieces:
             channel = self._net.find(self._name)
             if channel is None or self._interrupted:
                 raise PeerLost(f"{batch.transfer_id}: the link was closed")
             data = self._arenas[batch.tier].slot(piece.slot).tobytes()
             self._put(channel, batch, piece, data, deadline)
+            deadline.moved()
 
     def interrupt(self) -> None:
         self._interrupted = True

@@ -31,14 +31,15 @@ class ShmSink:
         self._peers = dict(peers)
         self._interrupted = False
 
-    def recv(self, batch: Batch, timeout_s: float) -> None:
-        deadline = Deadline(timeout_s)
+    def recv(self, batch: Batch, timeout_s: float, stall_s: float) -> None:
+        deadline = Deadline(timeout_s, stall_s)
         peer = self._peers[batch.tier]
         for piece in batch.pieces:
             if self._interrupted:
                 raise PeerLost(f"{batch.transfer_id}: the stream beside the link is gone")
             if deadline.passed:
-                raise TransferTimeout(f"{batch.transfer_id}: a batch was not copied in {timeout_s:.3f} s")
+                raise TransferTimeout(f"{batch.transfer_id}: block {piece.index} was not copied in time")
+            deadline.moved()
             if not 0 <= piece.slot < peer.num_slots:
                 raise IntegrityError(f"{batch.transfer_id}: slot {piece.slot} of {peer.num_slots} was granted")
             found = self._copy(piece, peer.slot(piece.slot))

@@ -128,22 +128,23 @@ class _End:
             self._group.abort()  # ends its kernels: after this nothing writes to a slot
         self._group = self._store = self._stream = None
 
-    def _run(self, batch: Batch, tensors: Sequence[torch.Tensor], timeout_s: float) -> TransferError | None:
-        """Post every message of the batch, then wait for them in order.
+    def _run(self, batch: Batch, tensors: Sequence[torch.Tensor], deadline: Deadline) -> TransferError | None:
+        """Post every message of the batch, then wait for them in order; each that came is progress.
 
         Errors are returned as new values: a raised one would keep the frames, and with them the group, its sockets and
         the slots' memory, for as long as somebody looks at it.
         """
-        deadline = Deadline(timeout_s)
         works: list[Any] = []
         try:
             group = self._join(batch, deadline)
-            if self._gpu is not None:
-                deadline = Deadline(timeout_s)  # a communicator takes NCCL seconds: no fault of this batch's
+            deadline.moved()
             with self._own_stream():
                 works.extend(self._post(group, message) for t in tensors for message in self._messages(t))
                 for work in works:
                     work.wait(timedelta(seconds=max(0.001, deadline.left_s)))
+                    deadline.moved()
+                    if self._interrupted:
+                        raise PeerLost(f"{batch.transfer_id}: the stream beside the link is gone")
             return None
         except RuntimeError as error:
             failure = _typed(batch, error)
@@ -214,9 +215,9 @@ class TorchSink(_End):
         super().__init__(rank=SINK_RANK, mailbox=mailbox, host=host, gpu=target.device if nccl else None)
         self._target = target
 
-    def recv(self, batch: Batch, timeout_s: float) -> None:
+    def recv(self, batch: Batch, timeout_s: float, stall_s: float) -> None:
         landings = [self._landing(piece.target) for piece in batch.pieces]
-        if (failure := self._run(batch, landings, timeout_s)) is not None:
+        if (failure := self._run(batch, landings, Deadline(timeout_s, stall_s))) is not None:
             raise failure
         for piece, landing in zip(batch.pieces, landings, strict=True):
             self._take(batch, piece, landing)
@@ -246,9 +247,9 @@ class TorchSource(_End):
         super().__init__(rank=SOURCE_RANK, mailbox=mailbox, host=host, gpu=gpu)
         self._arenas = dict(arenas)
 
-    def send(self, batch: Batch, timeout_s: float) -> None:
+    def send(self, batch: Batch, timeout_s: float, stall_s: float) -> None:
         blocks = [self._block(self._arenas[batch.tier], piece.slot) for piece in batch.pieces]
-        if (failure := self._run(batch, blocks, timeout_s)) is not None:
+        if (failure := self._run(batch, blocks, Deadline(timeout_s, stall_s))) is not None:
             raise failure
 
     def _block(self, arena: Arena, slot: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ log = logging.getLogger("kv_store.store")
 SAMPLES_MAX = 1024
 """Pulls between two load reports; older samples are dropped, the newest tell the bandwidth."""
 CLOSE_TIMEOUT_S = 10.0
-"""A running batch ends within its link's timeout, so `close` waits no longer than that, with some slack."""
+"""A running batch is interrupted, or ends when nothing of it moves: `close` waits no longer than that, with slack."""
 
 
 @dataclass(kw_only=True)
@@ -293,7 +293,7 @@ class BlockStore:
             self._answer(answer, PeerLost(f"{effect.batch.transfer_id}: the stream is gone"))
             return
         link = pair.end.links[effect.batch.tier]
-        self._run_job(effect.session, pair, partial(link.recv, effect.batch, effect.timeout_s), answer)
+        self._run_job(effect.session, pair, partial(link.recv, effect.batch, effect.timeout_s, effect.stall_s), answer)
 
     def _transmit(self, effect: tv.Transmit) -> None:
         answer = partial(self._machine.on_transmitted, effect.session, effect.batch.batch)
@@ -302,7 +302,7 @@ class BlockStore:
         if pair is None or pair.closing or link is None:
             self._answer(answer, PeerLost(f"{effect.batch.transfer_id}: there is no link to send on"))
             return
-        self._run_job(effect.session, pair, partial(link.send, effect.batch, effect.timeout_s), answer)
+        self._run_job(effect.session, pair, partial(link.send, effect.batch, effect.timeout_s, effect.stall_s), answer)
 
     def _run_job(
         self, session: SessionId, pair: _Pair, job: Callable[[], None], answer: Callable[..., list[tv.Effect]]

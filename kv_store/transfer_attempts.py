@@ -36,25 +36,27 @@ class _Attempt:
     tail: Tail | None = None
     outcome: _Outcome | None = None
     acked: bool = False  # a puller has everything that it asked for
+    moved_s: float = 0.0  # handed over, or a block acknowledged
     expires_s: float = 0.0  # when a record without an outcome is forgotten
     serves: dict[ServeKey, None] = field(default_factory=dict)  # a set that keeps its order
 
 
 class Attempts:
-    """Args: ended_max: withdrawn attempts that are remembered, so that a late pull ends at once."""
+    """Of `limits`, its `ended_max` and `hold_s` count here."""
 
-    def __init__(self, *, ended_max: int, emit: Callable[[tv.Effect], None]) -> None:
-        self._ended_max = ended_max
+    def __init__(self, *, limits: tv.TransferLimits, emit: Callable[[tv.Effect], None]) -> None:
+        self._ended_max = limits.ended_max
+        self._hold_s = limits.hold_s
         self._emit = emit
         self._attempts: dict[AttemptId, _Attempt] = {}
         self._withdrawn: OrderedDict[AttemptId, None] = OrderedDict()
 
     # ---- the machine speaks; both return the attempt's pulls ----
 
-    def hand_over(self, attempt_id: AttemptId, tail: Tail) -> list[ServeKey]:
+    def hand_over(self, attempt_id: AttemptId, tail: Tail, now_s: float) -> list[ServeKey]:
         attempt = self._attempts.setdefault(attempt_id, _Attempt())
         assert attempt.outcome is None, f"{attempt_id} has ended here already"
-        attempt.tail, attempt.outcome = tail, _Outcome.HANDED
+        attempt.tail, attempt.outcome, attempt.moved_s = tail, _Outcome.HANDED, now_s
         return list(attempt.serves)
 
     def withdraw(self, attempt_id: AttemptId) -> list[ServeKey]:
@@ -76,6 +78,10 @@ class Attempts:
 
     def detach(self, serve: Serve) -> None:
         self._attempts[serve.pull.attempt_id].serves.pop(serve.key, None)
+
+    def on_moved(self, attempt_id: AttemptId, now_s: float) -> None:
+        """A puller has acknowledged some block of it."""
+        self._attempts[attempt_id].moved_s = now_s
 
     def on_acked(self, attempt_id: AttemptId) -> None:
         """The last acknowledgement of a pull; it may come before the hand-over, and is remembered for it."""
@@ -117,10 +123,16 @@ class Attempts:
             if attempt.outcome is None and not attempt.serves and now_s >= attempt.expires_s:
                 del self._attempts[attempt_id]
 
+    def stuck(self, now_s: float) -> list[AttemptId]:
+        """Those handed over of which nobody has read for too long."""
+        since_s = now_s - self._hold_s
+        return [i for i, a in self._attempts.items() if a.outcome is _Outcome.HANDED and a.moved_s <= since_s]
+
     def due_s(self) -> float:
-        """When `on_tick` next forgets one."""
-        bare = [a.expires_s for a in self._attempts.values() if a.outcome is None and not a.serves]
-        return min(bare, default=math.inf)
+        """When `on_tick` next forgets one, or one is stuck at the earliest."""
+        dues = [a.expires_s for a in self._attempts.values() if a.outcome is None and not a.serves]
+        dues += [a.moved_s + self._hold_s for a in self._attempts.values() if a.outcome is _Outcome.HANDED]
+        return min(dues, default=math.inf)
 
     def check_invariants(self, serves: set[ServeKey]) -> None:
         for attempt in self._attempts.values():

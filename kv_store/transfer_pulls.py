@@ -43,6 +43,22 @@ class PullState:
     def complete(self) -> bool:
         return len(self.arrived) + len(self.missing) == len(self.targets)
 
+    @property
+    def due_s(self) -> float:
+        """While it ends, its batches come down by their own timers; the abort's begins after the last of them."""
+        if self.error is None:
+            return self.deadline_s
+        return math.inf if self.in_flight else self.abort_by_s
+
+    def take_grants(self, num_max: int) -> list[tv.Grant]:
+        """The first grants, in order, that share a tier: at most `num_max` of them."""
+        first = next(iter(self.granted.values()))
+        grants = [g for g in self.granted.values() if g.tier == first.tier][:num_max]
+        for grant in grants:
+            del self.granted[grant.index]
+            self.taken.add(grant.index)
+        return grants
+
 
 @dataclass(kw_only=True)
 class SinkSession:
@@ -54,6 +70,8 @@ class SinkSession:
     pulls: dict[TransferId, PullState] = field(default_factory=dict)
     ready: deque[TransferId] = field(default_factory=deque)  # pulls with grants that are in no batch yet
     num_batches: int = 0
+    last_batch: int = 0
+    batch_blocks: int  # what the next batch may hold
     group: int = 1
     heard_s: float = 0.0
     pinged_s: float = 0.0
@@ -69,9 +87,17 @@ class SinkSession:
             pull.busy_s += (now_s - self.shared_s) / len(self.active)
         self.shared_s = now_s
 
+    def size_batches(self, num_blocks: int, took_s: float, *, s_max: float, blocks_max: int) -> None:
+        """A batch came, `took_s` after it was posted: halve those to come if that was long, and double them again if it
+        was short and the batch no small one."""
+        if took_s > s_max:
+            self.batch_blocks = max(1, min(self.batch_blocks, num_blocks) // 2)
+        elif took_s < s_max / 2 and 2 * num_blocks > self.batch_blocks:
+            self.batch_blocks = min(blocks_max, 2 * self.batch_blocks)
+
     def look_ahead(self, ping_interval_s: float) -> None:
         """Set `due_s` anew. Whoever makes an earlier deadline lowers it; signs of life only put it off."""
-        dues = [p.deadline_s if p.error is None else p.abort_by_s for p in self.pulls.values()]
+        dues = [p.due_s for p in self.pulls.values()]
         if self.open and dues:
             dues.append(self.pinged_s + ping_interval_s)
         self.due_s = min(dues, default=math.inf)

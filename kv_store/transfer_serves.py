@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -57,6 +58,26 @@ class Serve:
     def complete(self) -> bool:
         """The sink has everything that it asked for, but for what is missing."""
         return not self.ending and not self.open_wants and not self.held
+
+    @property
+    def read(self) -> bool:
+        """The sink may have a batch of it in flight, and answers an abort when that has come down."""
+        return any(h.granted and not h.acked for h in self.held.values())
+
+    def send(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.held[index].sending += 1
+
+    def sent(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self.held[index].sending -= 1
+
+    def acknowledge(self, indices: Iterable[int]) -> list[int]:
+        """The sink has these. Returns those that were granted."""
+        known = [i for i in indices if i in self.held and self.held[i].granted]
+        for index in known:
+            self.held[index].acked = True
+        return known
 
     @property
     def busy(self) -> bool:

@@ -34,12 +34,13 @@ class Sink:
         self._block_bytes = block_bytes
         self._verify = verify
         self._limits = limits
+        self._batch_blocks_max = max(1, limits.batch_bytes_max // block_bytes)
         self._emit = emit
         self._next_session = next_session
         self._sessions: dict[SessionId, SinkSession] = {}
         self._by_peer: dict[tuple[NodeId, Epoch], SessionId] = {}
         self._pulls: dict[TransferId, tuple[PullState, SessionId]] = {}
-        self._batches: dict[int, tuple[SessionId, PullState, tv.Batch]] = {}
+        self._batches: dict[int, tuple[SessionId, PullState, tv.Batch, float]] = {}  # and when it was posted
         self._batch_id = 0
         self.tick_due_s = math.inf  # before then, `on_tick` has nothing to do
         self.counts: Counter[str] = Counter()
@@ -121,14 +122,20 @@ class Sink:
 
     def on_received(self, batch_id: int, error: TransferError | None, now_s: float) -> None:
         """A batch is no longer in flight: its bytes are here and right, or `error` says why not."""
-        session_id, pull, batch = self._batches.pop(batch_id)
+        session_id, pull, batch, posted_s = self._batches.pop(batch_id)
         session = self._sessions.get(session_id)
         pull.in_flight -= 1
+        if pull.in_flight == 0:
+            pull.abort_by_s = now_s + self._limits.abort_timeout_s
         if session is not None:
             session.share(now_s)
             session.num_batches -= 1
             if pull.in_flight == 0:
                 del session.active[batch.transfer_id]
+            self._expect(session, pull.due_s)
+            if error is None:
+                took_s, s_max = now_s - posted_s, self._limits.batch_s_max
+                session.size_batches(len(batch.pieces), took_s, s_max=s_max, blocks_max=self._batch_blocks_max)
             if error is not None and batch.group == session.group:
                 session.group += 1  # whatever else moves on the failed group fails too
         self._account(session, pull, batch, error, now_s)
@@ -156,7 +163,7 @@ class Sink:
     def check_invariants(self) -> None:
         assert len(self._batches) <= self._limits.batches_max
         assert all(session.due_s >= self.tick_due_s for session in self._sessions.values())
-        in_flight = Counter(id(pull) for _, pull, _ in self._batches.values())
+        in_flight = Counter(id(pull) for _, pull, _, _ in self._batches.values())
         for pull, _ in self._pulls.values():
             assert pull.in_flight == in_flight[id(pull)]
             assert not pull.arrived & pull.missing
@@ -186,7 +193,11 @@ class Sink:
         peer = (spec.source, spec.source_epoch)
         if peer not in self._by_peer:
             session = SinkSession(
-                session=self._next_session(), node_id=spec.source, epoch=spec.source_epoch, heard_s=now_s
+                session=self._next_session(),
+                node_id=spec.source,
+                epoch=spec.source_epoch,
+                heard_s=now_s,
+                batch_blocks=self._batch_blocks_max,
             )
             self._sessions[session.session] = session
             self._by_peer[peer] = session.session
@@ -251,11 +262,11 @@ class Sink:
     # ---- batches ----
 
     def _schedule_all(self, now_s: float) -> None:
-        """Give every session a turn until the node's credits are spent."""
+        """Give sessions turns, who had none for longest first, until the node's credits are spent."""
         progressed = True
         while progressed and len(self._batches) < self._limits.batches_max:
             progressed = False
-            for session in [s for s in self._sessions.values() if s.ready]:
+            for session in sorted([s for s in self._sessions.values() if s.ready], key=lambda s: s.last_batch):
                 progressed |= self._schedule_one(session, now_s)
 
     def _schedule_one(self, session: SinkSession, now_s: float) -> bool:
@@ -274,15 +285,16 @@ class Sink:
         return False
 
     def _post(self, session: SinkSession, pull: PullState, now_s: float) -> None:
-        grants = self._take_grants(pull)
+        grants = pull.take_grants(session.batch_blocks)
         tier = grants[0].tier
         link = session.links.get(tier, NO_LINK)
         self._batch_id += 1
+        session.last_batch = self._batch_id
         pieces = tuple([tv.Piece(g.index, g.slot, g.stamp, g.checksum, pull.targets[g.index]) for g in grants])
         batch = tv.Batch(
             batch=self._batch_id, transfer_id=pull.spec.transfer_id, tier=tier, group=session.group, pieces=pieces
         )
-        self._batches[batch.batch] = (session.session, pull, batch)
+        self._batches[batch.batch] = (session.session, pull, batch, now_s)
         session.num_batches += 1
         session.share(now_s)
         session.active[batch.transfer_id] = pull
@@ -292,19 +304,8 @@ class Sink:
             indices = tuple(g.index for g in grants)
             go = tv.Go(transfer_id=batch.transfer_id, batch=batch.batch, group=batch.group, indices=indices)
             self._tell(session, go)
-        timeout_s = min(self._limits.link_timeout_s, max(0.0, pull.deadline_s - now_s))
-        self._emit(tv.Receive(session=session.session, batch=batch, timeout_s=timeout_s))
-
-    def _take_grants(self, pull: PullState) -> list[tv.Grant]:
-        """The first grants, in order, that share a tier and fit one batch. At least one."""
-        num_max = max(1, self._limits.batch_bytes_max // self._block_bytes)
-        first = next(iter(pull.granted.values()))
-        same_tier = [g for g in pull.granted.values() if g.tier == first.tier]
-        grants = same_tier[:num_max]
-        for grant in grants:
-            del pull.granted[grant.index]
-            pull.taken.add(grant.index)
-        return grants
+        left_s, stall_s = max(0.0, pull.deadline_s - now_s), self._limits.link_timeout_s
+        self._emit(tv.Receive(session=session.session, batch=batch, timeout_s=left_s, stall_s=stall_s))
 
     def _account(
         self, session: SinkSession | None, pull: PullState, batch: tv.Batch, error: TransferError | None, now_s: float
@@ -335,7 +336,7 @@ class Sink:
         pull.error = error
         pull.granted.clear()
         pull.abort_by_s = now_s + self._limits.abort_timeout_s
-        self._expect(session, pull.abort_by_s)
+        self._expect(session, pull.due_s)
         if pull.asked:
             self._tell(session, tv.Abort(transfer_id=pull.spec.transfer_id, reason=str(error)))
         else:
@@ -378,7 +379,7 @@ class Sink:
         if pull.error is None and now_s >= pull.deadline_s:
             so_far = f"{len(pull.arrived)} of {len(pull.targets)} blocks in {pull.spec.deadline_s:.3f} s"
             self._give_up(session, pull, TransferTimeout(f"{pull.spec.transfer_id}: {so_far}"), now_s)
-        elif pull.error is not None and not pull.abort_acked and now_s >= pull.abort_by_s:
+        elif pull.error is not None and not pull.abort_acked and now_s >= pull.due_s:
             self._hang_up(session, PeerLost(f"{session.node_id} did not acknowledge an abort"), now_s)
 
     def _check_liveness(self, session: SinkSession, now_s: float) -> None:

@@ -35,7 +35,7 @@ class Source:
     ) -> None:
         self._block_bytes = block_bytes
         self._book = GrantBook(pins=pins, emit=emit)
-        self._attempts = Attempts(ended_max=limits.ended_max, emit=emit)
+        self._attempts = Attempts(limits=limits, emit=emit)
         self._limits = limits
         self._emit = emit
         self._sessions: dict[SessionId, SourceSession] = {}
@@ -54,8 +54,9 @@ class Source:
 
     def hand_over(self, attempt_id: AttemptId, tail: Tail, now_s: float) -> None:
         """The attempt's last chunk has ended. Emits HandedOver when its puller has acknowledged everything."""
-        for key in self._attempts.hand_over(attempt_id, tail):
+        for key in self._attempts.hand_over(attempt_id, tail, now_s):
             self._end_list(self._serves[key], now_s)
+        self.tick_due_s = min(self.tick_due_s, now_s + self._limits.hold_s)
         self._settle(attempt_id, now_s)
 
     def withdraw(self, attempt_id: AttemptId, now_s: float) -> None:
@@ -128,8 +129,7 @@ class Source:
         serve, indices = self._transmits.pop((session_id, batch))
         if session_id in self._sessions:
             self._sessions[session_id].num_sending -= 1
-        for index in indices:
-            serve.held[index].sending -= 1
+        serve.sent(indices)
         if error is not None:
             self.counts[f"sends_failed_{type(error).__name__}"] += 1
             self._give_up(serve, str(error), now_s)
@@ -145,11 +145,12 @@ class Source:
             elif serve.ending and not serve.released and now_s >= serve.abort_by_s:
                 self._hang_up(self._sessions[serve.session], "the peer did not acknowledge an abort", now_s)
         self._attempts.on_tick(now_s)
+        for attempt_id in self._attempts.stuck(now_s):
+            self.withdraw(attempt_id, now_s)
         for session in list(self._sessions.values()):
             self._check_liveness(session, now_s)
         silence_s = self._limits.silence_s_max
-        self.tick_due_s = min([s.due_s(silence_s) for s in self._sessions.values()], default=math.inf)
-        self.tick_due_s = min(self.tick_due_s, self._attempts.due_s())
+        self.tick_due_s = min([self._attempts.due_s(), *(s.due_s(silence_s) for s in self._sessions.values())])
 
     # ---- state ----
 
@@ -288,8 +289,7 @@ class Source:
     def _transmit(
         self, session: SourceSession, serve: Serve, message: tv.Go, pieces: Sequence[tv.Piece], now_s: float
     ) -> None:
-        for piece in pieces:
-            serve.held[piece.index].sending += 1
+        serve.send(message.indices)
         session.num_sending += 1
         self._transmits[session.session, message.batch] = (serve, message.indices)
         batch = tv.Batch(
@@ -299,17 +299,17 @@ class Source:
             group=message.group,
             pieces=tuple(pieces),
         )
-        timeout_s = min(self._limits.link_timeout_s, max(0.0, serve.deadline_s - now_s))
-        self._emit(tv.Transmit(session=session.session, batch=batch, timeout_s=timeout_s))
+        left_s, stall_s = max(0.0, serve.deadline_s - now_s), self._limits.link_timeout_s
+        self._emit(tv.Transmit(session=session.session, batch=batch, timeout_s=left_s, stall_s=stall_s))
 
     def _on_ack(self, session: SourceSession, message: tv.Ack, now_s: float) -> None:
         serve = session.serves.get(message.transfer_id)
         if serve is None:
             self.counts["messages_stray"] += 1
             return
-        indices = [i for i in message.indices if i in serve.held and serve.held[i].granted]
-        for index in indices:
-            serve.held[index].acked = True
+        indices = serve.acknowledge(message.indices)
+        if serve.pull.wait:
+            self._attempts.on_moved(serve.pull.attempt_id, now_s)
         self._release_acked(serve, indices, now_s)
 
     def _release_acked(self, serve: Serve, indices: Iterable[int], now_s: float) -> None:
@@ -341,7 +341,7 @@ class Source:
         if serve.ending:
             return
         self._stop(serve)
-        serve.abort_by_s = now_s + self._limits.abort_timeout_s
+        serve.abort_by_s = now_s + self._limits.abort_timeout_s + serve.read * self._limits.link_timeout_s
         self.tick_due_s = min(self.tick_due_s, serve.abort_by_s)
         self._tell(serve.session, tv.Abort(transfer_id=serve.pull.transfer_id, reason=reason))
 

@@ -29,9 +29,14 @@ class TransferLimits:
             group stalls at a batch's border, and smaller ones cost up to half of its speed (benchmarks/links.py).
         batches_per_session_max: GO credits of one pair: one batch moves while the next one's credit travels.
         batches_max: GO credits of this node: what its memory bandwidth can serve.
+        batch_s_max: a batch that took longer, its wait in line included, halves the pair's later ones, down to a block
+            each. So on a slow or full link pulls share it, no line grows long, and an abort is answered soon.
         hash_blocks_max: blocks whose checksums are computed before they are granted together.
-        abort_timeout_s: an abort that is not acknowledged by then ends the stream (and with it the link).
-        link_timeout_s: one batch takes milliseconds; a peer that has not moved it by then is taken for stuck.
+        abort_timeout_s: an abort that is not acknowledged so long after the last batch in flight came down ends the
+            stream (and with it the link).
+        link_timeout_s: a link on which no piece of a batch moves for so long is taken for stuck. It counts from the
+            last piece, never from the asking: waiting behind others is no fault.
+        hold_s: a prompt that was handed over, and of which no puller acknowledges a block for so long, is withdrawn.
         ping_interval_s, silence_s_max: liveness beside the link, while anything is in flight.
         grace_s: the source lets the sink's deadline strike first.
         ended_max: attempts remembered after their withdrawal, so that a late pull ends at once.
@@ -44,9 +49,11 @@ class TransferLimits:
     batch_bytes_max: int = 32 << 20
     batches_per_session_max: int = 2
     batches_max: int = 8
+    batch_s_max: float = 1.0
     hash_blocks_max: int = 16
     abort_timeout_s: float = 1.0
     link_timeout_s: float = 5.0
+    hold_s: float = 30.0
     ping_interval_s: float = 0.5
     silence_s_max: float = 5.0
     grace_s: float = 1.0
@@ -226,20 +233,24 @@ class Tell:
 
 @dataclass(frozen=True, kw_only=True)
 class Receive:
-    """Bring a batch into its target slots, within timeout_s. Answered by on_received, always."""
+    """Bring a batch into its target slots, within timeout_s, and never stall_s without a piece of it. Answered by
+    on_received, always."""
 
     session: SessionId
     batch: Batch
     timeout_s: float
+    stall_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transmit:
-    """Post the sends of a batch, within timeout_s. Answered by on_transmitted, always."""
+    """Post the sends of a batch, within timeout_s, and never stall_s without a piece of it. Answered by
+    on_transmitted, always."""
 
     session: SessionId
     batch: Batch
     timeout_s: float
+    stall_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +293,8 @@ class HandedOver:
 
 @dataclass(frozen=True, kw_only=True)
 class Withdrawn:
+    """No peer can read this attempt's slots any more: as was asked, or because none went on reading for `hold_s`."""
+
     attempt_id: AttemptId
 
 

@@ -74,7 +74,6 @@ class Attempt:
     pulls: set[TransferId] = field(default_factory=set)
     loading: set[int] = field(default_factory=set)
     farewell: WorkerEvent | None = None
-    deadline_means: str = "the attempt's deadline passed"
     order: int = 0
     compute_s: float = 0.0
     computed_tokens: int = 0
@@ -258,14 +257,8 @@ class Attempts(Generic[A]):
             return
         for attempt in self.live():
             if now_s >= attempt.deadline_at_s:
-                self.fail(attempt, FailureKind.DEADLINE, attempt.deadline_means, now_s)
+                self.fail(attempt, FailureKind.DEADLINE, "the attempt's deadline passed", now_s)
         self.expire_due_s = min([a.deadline_at_s for a in self.live()], default=math.inf)
-
-    def shorten(self, attempt: A, deadline_at_s: float, means: str) -> None:
-        """Give it an earlier deadline, if it is one, for another reason."""
-        attempt.deadline_at_s = min(attempt.deadline_at_s, deadline_at_s)
-        attempt.deadline_means = means
-        self.expire_due_s = min(self.expire_due_s, attempt.deadline_at_s)
 
     def _end(self, attempt: A, reason: str, now_s: float) -> None:
         attempt.ending = True

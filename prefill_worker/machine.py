@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from core.messages import (
     CancelCommand,
     Command,
+    FailureKind,
     LoadReport,
     PrefillCommand,
     PrefillDone,
@@ -38,7 +39,6 @@ class PrefillConfig:
         tokens_per_pass_max: the chunk size; a pass is packed with several prompts up to it.
         sequences_per_pass_max: prompts in one pass.
         attempts_max: queued, computing and held ones; beyond it commands are refused with NO_ROOM.
-        handover_hold_s: how long a finished prompt waits for the decode worker's acknowledgement.
         fetch_s_max: how long a prefix may be waited for, instead of being computed.
 
     Raises:
@@ -48,14 +48,12 @@ class PrefillConfig:
     tokens_per_pass_max: int = 512
     sequences_per_pass_max: int = 64
     attempts_max: int = 256
-    handover_hold_s: float = 30.0
     fetch_s_max: float = 5.0
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_pass_max", "sequences_per_pass_max", "attempts_max"):
             require(getattr(self, name) >= 1, f"prefill.{name}", getattr(self, name), "at least 1")
-        for name in ("handover_hold_s", "fetch_s_max"):
-            require(getattr(self, name) > 0, f"prefill.{name}", getattr(self, name), "more than 0 seconds")
+        require(self.fetch_s_max > 0, "prefill.fetch_s_max", self.fetch_s_max, "more than 0 seconds")
 
 
 class PrefillMachine:
@@ -214,6 +212,11 @@ class PrefillMachine:
         return self.effects(now_s)
 
     def on_withdrawn(self, attempt_id: AttemptId, now_s: float) -> list[Effect]:
+        attempt = self._attempts.get(attempt_id)
+        if attempt is not None and attempt.held:
+            attempt.withdraws = False  # the transfers did so by themselves
+            message = "the decode worker did not go on reading the prompt's blocks"
+            self._attempts.fail(attempt, FailureKind.DEADLINE, message, now_s)
         self._attempts.withdrawn(attempt_id, now_s)
         return self.effects(now_s)
 
@@ -299,8 +302,6 @@ class PrefillMachine:
     def _hand_over(self, attempt: PrefillAttempt, now_s: float) -> None:
         sequence = attempt.sequence
         attempt.held = True
-        means = "the decode worker did not acknowledge the prompt's blocks in time"
-        self._attempts.shorten(attempt, now_s + self.config.handover_hold_s, means)
         self._attempts.emit(
             HandOver(
                 attempt_id=attempt.attempt_id,

@@ -1,6 +1,8 @@
 """Pure: a node's part in the pull protocol: the real transfer machine; modelled are streams, links and copies.
 
-Played here is what kv_store/store.py does in a real process.
+Played here is what kv_store/store.py does in a real process. A real link's flows share it, so that some of each moves
+all the time; here copies take turns, and one that waits for its turn counts as moving: it is stuck only where no byte
+passes at all.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ class Exchange:
         self._world, self._peers, self._physics = world, peers, physics
         self._info, self._machine, self._owner = info, machine, owner
         self._samples: list[TransferSample] = []
+        self._receiving: dict[int, tv.Receive] = {}  # by batch
 
     @property
     def node_id(self) -> NodeId:
@@ -193,25 +196,38 @@ class Exchange:
         if link is not None:
             peer, theirs, _ = link
             peer.sessions.pop(theirs, None)
+            self._interrupt(session)
+            peer._interrupt(theirs)
             self._world.after(HANGUP_S, partial(peer._owner.transfer, "on_lost", theirs, PeerLost(reason)))
 
     # ---- copies ----
 
     def _begin_receive(self, receive: tv.Receive) -> None:
         link = self.sessions.get(receive.session)
+        self._receiving[receive.batch.batch] = receive
         if link is None:
             self._world.after(0.0, partial(self._received, receive, None, PeerLost("the stream is gone")))
             return
         now_s, source = self._world.now_s, link[0]
         num_bytes = len(receive.batch.pieces) * self._info.block_bytes
         done_s = self._physics.copied_at_s(source.node_id, self.node_id, num_bytes, now_s)
-        late = TransferTimeout(f"{receive.batch.transfer_id}: {num_bytes} bytes in {receive.timeout_s:.3f} s")
         parted = self._peers.parted(self.node_id, source.node_id)
-        error = late if parted or done_s > now_s + receive.timeout_s else None
-        due_s = done_s if error is None else now_s + receive.timeout_s
+        limit_s = min(receive.timeout_s, receive.stall_s) if parted else receive.timeout_s
+        late = TransferTimeout(f"{receive.batch.transfer_id}: {num_bytes} bytes in {limit_s:.3f} s")
+        error = late if parted or done_s > now_s + limit_s else None
+        due_s = done_s if error is None else now_s + limit_s
         self._world.at(due_s, partial(self._received, receive, source, error))
 
+    def _interrupt(self, session: tv.SessionId) -> None:
+        """The stream has ended: what is being received over it comes down soon."""
+        for receive in self._receiving.values():
+            if receive.session == session:
+                lost = PeerLost("the stream is gone")
+                self._world.after(HANGUP_S, partial(self._received, receive, None, lost))
+
     def _received(self, receive: tv.Receive, source: Exchange | None, error: TransferError | None) -> None:
+        if self._receiving.pop(receive.batch.batch, None) is None:
+            return  # it was interrupted
         if error is None:
             assert source is not None
             gone = receive.session not in self.sessions or not source._owner.alive

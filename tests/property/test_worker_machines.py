@@ -85,7 +85,7 @@ class WorkerUnderEvents(RuleBasedStateMachine):
         self.work: Pass | None = None
 
     def make_machine(self, chunk: int) -> WorkerMachine:
-        prefill_config = PrefillConfig(tokens_per_pass_max=chunk, attempts_max=6, handover_hold_s=20.0)
+        prefill_config = PrefillConfig(tokens_per_pass_max=chunk, attempts_max=6)
         decode_config = DecodeConfig(sequences_max=4, attempts_max=8, reserve_wait_s=0.5)
         common = {
             "node_id": NodeId("w"),

@@ -81,6 +81,24 @@ def test_two_copies_from_one_sender_wait_for_each_other() -> None:
     assert abs(two - one) == pytest.approx(4 * 16 * 1000 / 1e8)
 
 
+def test_slow_links_make_a_queue_and_no_new_attempts() -> None:
+    """A batch's line is longer than the links' timer, and all pulls together than a prompt's hold."""
+    slow = run(1, 100, hardware={"link_bytes_per_s": 1.5e5, "batch_blocks": 64}, admission="none", prefill=4)
+    assert slow.duration_s > 40.0
+    assert outcomes(slow) == {Outcome.FINISHED: 100}
+    assert max(row.attempts for row in slow.requests) == 1
+    assert not [name for name in slow.counters if "Timeout" in name or "PeerLost" in name]
+
+
+def test_nodes_that_die_behind_full_links_cost_attempts_and_no_request() -> None:
+    """Whoever waits in line for a dead source's bytes is told at once, and begins again elsewhere."""
+    slow = {"link_bytes_per_s": 1.5e5, "batch_blocks": 64}
+    died = run(2, 100, "crash=4,restart_s=2", hardware=slow, admission="none", prefill=4)
+    assert outcomes(died) == {Outcome.FINISHED: 100}
+    assert died.counters["pulls_ended_PeerLost"] > 0
+    assert max(row.attempts for row in died.requests) <= 1 + 4  # no more than crashes
+
+
 @pytest.mark.parametrize(
     ("chunk", "hides", "constant_s"),
     [(256, False, 0.01), (256, True, 0.002), (26, False, 0.01), (26, True, 0.005)],  # 0.01 - 25 tokens * 2e-4

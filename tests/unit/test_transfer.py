@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from halfmoon.errors import IntegrityError, PeerLost, TransferAborted, TransferError, TransferTimeout
 from halfmoon.types import AttemptId, BlockHash, Epoch, NodeId, RequestId, Tier, TransferId
@@ -296,6 +297,67 @@ def test_two_pulls_of_one_peer_take_turns() -> None:
     assert order == ["t1", "t1", "t2", "t1", "t2", "t2"]  # t1's second turn was queued before t2 came
 
 
+def test_waiting_is_bounded_by_the_pulls_deadline_and_standing_still_by_the_links() -> None:
+    machine = sink(link_timeout_s=5.0)
+    machine.start_pull(spec(0), 0.0)
+    (post,) = machine.on_message(PEER, Granted(transfer_id=T1, grants=(grant(0),)), 2.0)
+    assert isinstance(post, Receive)
+    assert (post.timeout_s, post.stall_s) == (8.0, 5.0)
+
+
+def test_an_abort_waits_for_the_batch_in_flight_and_only_then_for_the_answer() -> None:
+    machine = sink(abort_timeout_s=1.0, silence_s_max=100.0)
+    machine.start_pull(spec(0), 0.0)
+    (post,) = machine.on_message(PEER, Granted(transfer_id=T1, grants=(grant(0),)), 0.0)
+    machine.abort_pull(T1, "cancelled", 0.1)
+    assert not [e for e in machine.on_tick(4.0) if isinstance(e, Hangup)]  # the link is slow, the peer is well
+    machine.on_received(post.batch.batch, None, 4.5)
+    assert not [e for e in machine.on_tick(5.4) if isinstance(e, Hangup)]
+    assert [type(e) for e in machine.on_tick(5.5) if isinstance(e, Hangup | Ended)] == [Hangup, Ended]
+
+
+def test_batches_halve_while_they_take_long_and_grow_again_when_they_do_not() -> None:
+    machine = sink(batch_bytes_max=8 * BYTES, batches_per_session_max=1, batch_s_max=1.0)
+    machine.start_pull(spec(*range(40)), 0.0)
+    effects = machine.on_message(PEER, Granted(transfer_id=T1, grants=tuple(grant(i) for i in range(40))), 0.0)
+    now_s, sizes = 0.0, []
+    for took_s in (1.5, 1.5, 1.5, 1.5, 0.7, 0.4, 0.4, 0.4, 0.4, 0.4):
+        (post,) = [e for e in effects if isinstance(e, Receive)]
+        sizes.append(len(post.batch.pieces))
+        now_s += took_s
+        effects = machine.on_received(post.batch.batch, None, now_s)
+    assert sizes == [8, 4, 2, 1, 1, 1, 2, 4, 8, 8]  # never less than a block; 0.7 s is neither long nor short
+
+
+def test_a_short_last_batch_says_nothing_of_full_ones() -> None:
+    machine = sink(batch_bytes_max=8 * BYTES, batches_per_session_max=1, batch_s_max=1.0)
+    for number, (took_s, num_blocks) in enumerate(((1.5, 8), (0.1, 1), (0.1, 4), (0.1, 8))):
+        transfer_id = TransferId(f"n{number}")
+        machine.start_pull(spec(*range(num_blocks), transfer=transfer_id), 10.0 * number)
+        grants = tuple(grant(i) for i in range(num_blocks))
+        effects = machine.on_message(PEER, Granted(transfer_id=transfer_id, grants=grants), 10.0 * number)
+        (post,) = [e for e in effects if isinstance(e, Receive)]
+        assert len(post.batch.pieces) == num_blocks
+        machine.on_received(post.batch.batch, None, 10.0 * number + took_s)
+
+
+def test_sessions_take_turns_at_the_nodes_credits() -> None:
+    machine = sink(batch_bytes_max=BYTES, batches_per_session_max=1, batches_max=1)
+    other = machine.next_session()
+    machine.start_pull(spec(0, 1, 2), 0.0)
+    machine.start_pull(replace(spec(0, 1, transfer="t2"), source=NodeId("q")), 0.0)
+    machine.on_open(SessionId(other + 1), {Tier.DEVICE: SHM}, 0.0)
+    order: list[str] = []
+    effects: list[Effect] = []
+    for session, transfer, count in ((PEER, "t1", 3), (SessionId(other + 1), "t2", 2)):
+        grants = tuple(grant(i) for i in range(count))
+        effects += machine.on_message(session, Granted(transfer_id=TransferId(transfer), grants=grants), 0.0)
+    while posted := [e for e in effects if isinstance(e, Receive)]:
+        order.append(posted[0].batch.transfer_id)
+        effects = machine.on_received(posted[0].batch.batch, None, 0.0)
+    assert order == ["t1", "t2", "t1", "t2", "t1"]
+
+
 # ---- the source ----
 
 
@@ -393,9 +455,37 @@ def test_a_reader_that_does_not_answer_is_hung_up_on_and_its_grants_revoked() ->
     machine, shelf = source(4)
     machine.on_message(PEER, pull(4, None, wait=True), 0.0)
     machine.withdraw(A1, 0.0)
-    assert machine.on_tick(0.9) == []
-    assert [type(e) for e in machine.on_tick(1.0)] == [Hangup, Stamp, Withdrawn]
+    machine.on_message(PEER, Ping(), 4.0)
+    assert machine.on_tick(5.9) == []  # a batch that it has in flight comes down within 5 s, and its answer 1 s later
+    assert [type(e) for e in machine.on_tick(6.0)] == [Hangup, Stamp, Withdrawn]
     assert shelf.pins == []
+
+
+def test_a_reader_that_was_granted_nothing_answers_sooner() -> None:
+    machine, _ = source()
+    machine.on_message(PEER, pull(4, wait=True), 0.0)
+    machine.withdraw(A1, 0.0)
+    assert machine.on_tick(0.9) == []
+    assert [type(e) for e in machine.on_tick(1.0)] == [Hangup, Withdrawn]
+
+
+def test_a_prompt_is_held_as_long_as_somebody_goes_on_reading_it() -> None:
+    machine, shelf = source(4, 5)
+    machine.on_message(PEER, replace(pull(4, 5, None, wait=True), deadline_s=1000.0), 0.0)
+    machine.hand_over(A1, Tail(index=2, slot=30, num_tokens=4), 0.0)
+    machine.on_message(PEER, Ack(transfer_id=T1, indices=(0,)), 29.0)
+    machine.on_message(PEER, Ping(), 58.0)
+    assert machine.on_tick(58.9) == []
+    assert told(machine.on_tick(59.0)) == [Abort(transfer_id=T1, reason="the attempt was withdrawn")]
+    assert Withdrawn(attempt_id=A1) in machine.on_message(PEER, Aborted(transfer_id=T1), 59.1)
+    assert shelf.pins == []
+
+
+def test_a_prompt_that_nobody_comes_for_is_withdrawn() -> None:
+    machine, _ = source()
+    machine.hand_over(A1, Tail(index=0, slot=30, num_tokens=4), 1.0)
+    assert machine.on_tick(30.9) == []
+    assert machine.on_tick(31.0) == [Withdrawn(attempt_id=A1)]
 
 
 def test_an_abort_is_acknowledged_after_the_send_that_runs() -> None:

@@ -151,7 +151,7 @@ def mean(found: dict[Case, Seen], figure: Callable[[Seen], float], **wanted: obj
 
 
 COLUMNS: tuple[tuple[str, Callable[[Seen], float], str], ...] = (
-    ("finished %", lambda s: 100 * s.finished_share, ".1f"),
+    ("done %", lambda s: 100 * s.finished_share, ".1f"),
     ("mean", lambda s: s.ttft_mean_s, ".2f"),
     ("p50", lambda s: s.ttft_p50_s, ".2f"),
     ("p99", lambda s: s.ttft_p99_s, ".2f"),
@@ -160,11 +160,16 @@ COLUMNS: tuple[tuple[str, Callable[[Seen], float], str], ...] = (
     ("by %", lambda s: 100 * s.fetching, ".1f"),
     ("prefill s", lambda s: s.prefill_s, ",.0f"),
 )
-"""Found: prompt tokens here or on another node; fetched: from there; by: so many of the requests."""
+"""Done: requests that finished, the only ones that the other figures are of. Found: prompt tokens here or on another
+node; fetched: from there; by: so many of the requests."""
 
 
 def show(found: dict[Case, Seen], speedup: float) -> None:
-    table = Table(box=box.SIMPLE_HEAD, title=f"{CONVERSATION}, 8P+8D, {speedup:g}x: time to first token, seconds")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        title=f"{CONVERSATION}, 8P+8D, {speedup:g}x: time to first token, seconds",
+    )
     for name in ("placement", *(column for column, _, _ in COLUMNS), "seeds", "vs local"):
         table.add_column(name, justify="left" if name == "placement" else "right")
     plain = {"compute": 1.0, "link": 1.0}

@@ -261,8 +261,11 @@ def runner_up(verdicts: Verdicts) -> Candidate | None:
 
 
 def finalists(verdicts: Verdicts) -> list[Candidate]:
-    """Those to be tried on further seeds."""
-    first, second = ranked(verdicts)[:FINALISTS], runner_up(verdicts)
+    """Those to be tried on further seeds: of a shape and policy only the best chunk, or chunks take all places."""
+    best: dict[tuple[Shape, str], Candidate] = {}
+    for candidate in ranked(verdicts):
+        best.setdefault((candidate.shape, candidate.policy), candidate)
+    first, second = list(best.values())[:FINALISTS], runner_up(verdicts)
     return first if second is None or second in first else [*first, second]
 
 

@@ -112,6 +112,8 @@ def test_finalists_are_the_first_few_and_the_best_of_another_shape() -> None:
     names = ("a", "b", "c", "d", "e")
     verdicts = {Candidate(one, name, 512): said(900 - n) for n, name in enumerate(names)}
     assert finalists(verdicts) == [Candidate(one, name, 512) for name in "abcd"]
+    verdicts |= {Candidate(one, "a", chunk): said(899) for chunk in (256, 1024)}
+    assert finalists(verdicts) == [Candidate(one, name, 512) for name in "abcd"], "chunks do not take all places"
     verdicts[Candidate(other, "e", 512)] = said(10)
     assert finalists(verdicts) == [*(Candidate(one, name, 512) for name in "abcd"), Candidate(other, "e", 512)]
     verdicts[Candidate(other, "a", 512)] = said(899, 0.1)

@@ -58,8 +58,8 @@ def no_answer(found: Planned, twice: Candidate, alone: Candidate) -> Iterator[Ta
         yield Text("So more nodes would help, but twice as many are too few; how many are needed was not searched.")
     else:
         yield Text(
-            f"So more nodes of this kind, so used, would hardly reach {goal}: the limits are too tight for what one "
-            "request takes. Look for looser limits, shorter prompts, or faster nodes."
+            f"So more nodes of this kind, so used, would hardly reach {goal}: too many requests miss the limits by "
+            "themselves. Look for looser limits, shorter prompts, or faster nodes."
         )
 
 

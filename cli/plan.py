@@ -28,7 +28,7 @@ from cli.planning import (
     on_seeds,
     verdict,
 )
-from cli.scenario import Scenario, command, scenario
+from cli.scenario import NODES_MAX, Scenario, command, scenario
 from cli.simulate import WORKLOAD_OPTIONS, run_shown, with_options
 from cli.simulating import Job, config_of, hardware_of, trace_of
 from cli.tables import make_console
@@ -103,7 +103,7 @@ def plan(
     console = make_console()
     if ranking[0].capacity.mean * 100 < goal:
         twice, alone = more_nodes(ranking[0].candidate, base.speedup)
-        search.run([twice, alone], "more nodes, less load")
+        search.run([one for one in (twice, alone) if one is not None], "more nodes, less load")
         console.print(*no_answer(search.planned(ranking, seeds, goal), twice, alone), sep="\n", soft_wrap=True)
         search.say(console, ranking[0].candidate, seeds)
         sys.exit(EXIT_NO_ANSWER)
@@ -113,11 +113,16 @@ def plan(
     search.say(console, ranking[0].candidate, seeds)
 
 
-def more_nodes(best: Candidate, speedup: float) -> tuple[Candidate, Candidate]:
-    """It with twice its nodes of each role, and with hardly a request at a time: what more nodes give, and could."""
-    shape = best.shape
-    twice = changed(best, prefill=2 * shape.prefill, decode=2 * shape.decode, coupled=2 * shape.coupled)
-    return twice, changed(best, speedup=speedup * ALONE)
+def more_nodes(best: Candidate, speedup: float) -> tuple[Candidate | None, Candidate]:
+    """It with twice its nodes of each role, and with hardly a request at a time: what more nodes give, and could.
+
+    None: so many are not simulated.
+    """
+    prefill, decode, coupled = (2 * nodes for nodes in (best.shape.prefill, best.shape.decode, best.shape.coupled))
+    alone = changed(best, speedup=speedup * ALONE)
+    if prefill + decode + coupled > NODES_MAX:
+        return None, alone
+    return changed(best, prefill=prefill, decode=decode, coupled=coupled), alone
 
 
 class Search:

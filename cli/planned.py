@@ -40,7 +40,7 @@ def answer(found: Planned, changes: Sequence[Change]) -> Iterator[Table | Text]:
     yield Text(_sureness(found))
 
 
-def no_answer(found: Planned, twice: Candidate, alone: Candidate) -> Iterator[Table | Text]:
+def no_answer(found: Planned, twice: Candidate | None, alone: Candidate) -> Iterator[Table | Text]:
     """That none keeps the limits, what the nearest came to, and what more nodes would."""
     yield from _candidates(found)
     yield _nearest(found)
@@ -49,13 +49,15 @@ def no_answer(found: Planned, twice: Candidate, alone: Candidate) -> Iterator[Ta
         f"No candidate keeps these limits: both for {goal} of all requests (--goal). The nearest, {best.candidate}, "
         f"does for {percent(best.capacity.mean)} %.", style="bold",
     )  # fmt: skip
-    with_twice, on_its_own = found.verdicts[twice], found.verdicts[alone]
-    yield Text(f"With twice its nodes: {_kept(with_twice)}.")
+    with_twice = None if twice is None else found.verdicts[twice]
+    on_its_own = found.verdicts[alone]
+    if with_twice is not None:
+        yield Text(f"With twice its nodes: {_kept(with_twice)}.")
     yield Text(f"With a twentieth of the load, so that requests hardly meet: {_kept(on_its_own)}.")
-    if with_twice.capacity * 100 >= found.goal:
+    if with_twice is not None and with_twice.capacity * 100 >= found.goal:
         yield Text("So more nodes would do; how many are needed was not searched: try more --gpus.")
     elif on_its_own.capacity * 100 >= found.goal:
-        yield Text("So more nodes would help, but twice as many are too few; how many are needed was not searched.")
+        yield Text("So more nodes would help; how many are needed was not searched, twice as many are not seen to do.")
     else:
         yield Text(
             f"So more nodes of this kind, so used, would hardly reach {goal}: too many requests miss the limits by "

@@ -332,12 +332,13 @@ class ClusterView:
         assert info.node_id not in self._workers, f"{info.node_id} joins twice"
         model = self._models.pop(info.node_id, None)
         if model is None:
+            pass_max = max(1, info.tokens_per_pass_max)
             configured = self._config.priors.get(info.role.value, self._config.prior)
             model = WorkerCost(
                 self.learned().get(info.role.value) or configured,
-                tokens_per_pass_max=max(1, info.tokens_per_pass_max),
+                tokens_per_pass_max=pass_max,
                 frozen=self._config.fit is Fit.FROZEN,
-                role=self._roles.setdefault(info.role, RoleCost(configured)),
+                role=self._roles.setdefault(info.role, RoleCost(configured, tokens_per_pass_max=pass_max)),
             )
         worker = self._workers[info.node_id] = self._make_worker(info, model, now_s)
         return worker

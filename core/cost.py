@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from core.fit import SAMPLES_MIN, Residual
 from core.messages import PassSample, TransferSample
-from core.ranged import Ranged, capped_passes, capped_step, capped_transfer
+from core.ranged import CappedPasses, Ranged, capped_step, capped_transfer
 from halfmoon.errors import ConfigError
 from halfmoon.types import Tier
 
@@ -71,8 +71,8 @@ class CostPrior:
 class RoleCost:
     """What all workers of a role have shown together: how long one is believed to take what it has not done itself."""
 
-    def __init__(self, prior: CostPrior) -> None:
-        self.prefill = Ranged(prior.prefill, capped_passes)
+    def __init__(self, prior: CostPrior, *, tokens_per_pass_max: int) -> None:
+        self.prefill = Ranged(prior.prefill, CappedPasses(tokens_per_pass_max))
         self.decode = Ranged(prior.decode, capped_step)
 
 
@@ -94,7 +94,7 @@ class WorkerCost:
         self._pass_max = tokens_per_pass_max
         self._frozen = frozen
         pool, steps = (role.prefill, role.decode) if role is not None and not frozen else (None, None)
-        self._prefill = Ranged(prior.prefill, capped_passes, frozen=frozen, peers=pool)
+        self._prefill = Ranged(prior.prefill, CappedPasses(tokens_per_pass_max), frozen=frozen, peers=pool)
         self._decode = Ranged(prior.decode, capped_step, frozen=frozen, peers=steps)
         self._transfer = Ranged(prior.transfer, capped_transfer, frozen=frozen)
         self._by_source: dict[str, Ranged] = {}
@@ -110,7 +110,7 @@ class WorkerCost:
         if new <= 0:
             return 0.0
         passes, pairs, model = -(-new // self._pass_max), new * context + 0.5 * new * new, self._prefill
-        if new <= passes * model.x_max and pairs <= new * model.y_max:
+        if min(new, self._pass_max) <= model.x_max and pairs <= new * model.y_max:
             a, b, c = model.fit.coefficients
             return a * passes + b * new + c * pairs
         return model.seconds((float(passes), float(new), float(pairs)))

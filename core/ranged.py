@@ -2,8 +2,7 @@
 
 Up to the largest inputs seen (stretched a little) the fitted coefficients hold. What a question has beyond them is
 priced by peers of the same kind, who may have seen as much, and the whole is at most a factor above what they would
-take, or what it was measured to take for the part inside: who is believed to be slow gets no work, and never shows that
-it is not. Where no peer has, it is the fit again,
+take: who is believed to be slow gets no work, and never shows that it is not. Where no peer has, it is the fit again,
 but with each coefficient within a factor of the prior's, scaled to the level that was measured at the edge. So whatever
 two noisy small measurements look like, a question a hundred times as large is never answered by their curvature alone.
 """
@@ -32,11 +31,20 @@ Cap = Callable[[Features, float, float], Features]
 """(features of a question, the largest first and second input seen) -> the part of it inside that range."""
 
 
-def capped_passes(features: Features, x: float, y: float) -> Features:
-    """Prefill: (passes, new tokens, pairs); x: new tokens of a pass, y: pairs per new token, which is their depth."""
-    passes, new, pairs = features
-    new = min(new, passes * x)
-    return (passes, new, min(pairs, new * y))
+class CappedPasses:
+    """Prefill: (passes, new tokens, pairs); x: new tokens of a pass, y: pairs per new token, which is their depth.
+
+    All passes but the last are of `tokens_per_pass_max` tokens.
+    """
+
+    def __init__(self, tokens_per_pass_max: int) -> None:
+        self._full = tokens_per_pass_max
+
+    def __call__(self, features: Features, x: float, y: float) -> Features:
+        passes, new, pairs = features
+        last = new - (passes - 1.0) * self._full
+        new = (passes - 1.0) * min(self._full, x) + min(last, x)
+        return (passes, new, min(pairs, new * y))
 
 
 def capped_step(features: Features, x: float, y: float) -> Features:
@@ -92,7 +100,7 @@ class Ranged:
         if self._peers is not None:
             theirs = self._peers.seconds(features, watched=watched)
             more = max(0.0, theirs - self._peers.seconds(inside, watched=watched))
-            return max(seconds, min(seconds + more, PEERS_RATIO * theirs))
+            return min(seconds + more, PEERS_RATIO * theirs)
         beyond = [x - y for x, y in zip(features, inside, strict=True)]
         return seconds + _dot(self._slopes(coefficients), beyond)
 

@@ -39,7 +39,7 @@ class Pool:
     """Workers that compute long prompts one after the other, all equally fast, chosen by the least predicted TTFT."""
 
     def __init__(self, size: int, truth: tuple[float, float, float]) -> None:
-        role = RoleCost(CostPrior())
+        role = RoleCost(CostPrior(), tokens_per_pass_max=PASS_MAX)
         costs = [WorkerCost(CostPrior(), tokens_per_pass_max=PASS_MAX, role=role) for _ in range(size)]
         self.workers = [Worker(info(f"p{i}"), cost, 0.0) for i, cost in enumerate(costs)]
         self.truth = truth

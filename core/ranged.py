@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import mul, sub
 
 from core.fit import RANGE_STRETCH, LinearFit
 
@@ -25,6 +27,9 @@ that wait for them outweigh it. Too low a guess needs no bound: the first measur
 TEACH_FIRST = 64
 TEACH_EVERY = 16
 """Peers learn each of a worker's first samples, all that widen their range, and of the others one in so many."""
+
+ANSWERS_MAX = 1024
+"""Remembered by the peers until their next sample."""
 
 Features = tuple[float, ...]
 Cap = Callable[[Features, float, float], Features]
@@ -71,11 +76,15 @@ class Ranged:
         self._prior = tuple(prior)
         self._cap = cap
         self._peers = peers
+        self._slopes_of: tuple[tuple[float, ...], float, float] | None = None  # what `_slopes` were reckoned from
+        self._slopes: list[float] = []
+        self._answers: dict[Features, float] = {}  # since the last sample
 
     def observe(self, features: Features, seconds: float, x: float, y: float = 0.0) -> None:
         """Learn one measurement at the inputs `x` and `y`, and let the peers learn of it. What is none is counted."""
         if not self.fit.observe(features, seconds):
             return
+        self._answers.clear()
         if not (self._x_min <= x <= self.x_max and self._y_min <= y <= self.y_max):
             self._x_min, self.x_max = min(self._x_min, x / RANGE_STRETCH), max(self.x_max, x * RANGE_STRETCH)
             self._y_min, self.y_max = min(self._y_min, y / RANGE_STRETCH), max(self.y_max, y * RANGE_STRETCH)
@@ -98,11 +107,22 @@ class Ranged:
         if inside == features:
             return seconds
         if self._peers is not None:
-            theirs = self._peers.seconds(features, watched=watched)
-            more = max(0.0, theirs - self._peers.seconds(inside, watched=watched))
+            peers = self._peers
+            ask = partial(peers.seconds, watched=True) if watched else peers.remembered
+            theirs = ask(features)
+            more = max(0.0, theirs - ask(inside))
             return min(seconds + more, PEERS_RATIO * theirs)
-        beyond = [x - y for x, y in zip(features, inside, strict=True)]
-        return seconds + _dot(self._slopes(coefficients), beyond)
+        beyond = tuple(map(sub, features, inside))
+        return seconds + _dot(self._beyond(coefficients), beyond)
+
+    def remembered(self, features: Features) -> float:
+        """As `seconds`: placement asks all workers the same, and they their peers."""
+        seconds = self._answers.get(features)
+        if seconds is None:
+            if len(self._answers) >= ANSWERS_MAX:
+                self._answers.clear()
+            seconds = self._answers[features] = self.seconds(features)
+        return seconds
 
     def _inside(self, features: Features) -> Features:
         if self.fit.frozen:
@@ -111,17 +131,24 @@ class Ranged:
             return (0.0,) * len(features)
         return self._cap(features, self.x_max, self.y_max)
 
-    def _slopes(self, coefficients: Sequence[float]) -> list[float]:
-        """The coefficients beyond the range: within SLOPE_RATIO of the prior's at the level of the range's far end."""
-        level = 1.0
-        if self.fit.samples:
-            edge = self._cap((1.0, math.inf, math.inf)[: len(self._prior)], self.x_max, self.y_max)
-            level = _dot(coefficients, edge) / _dot(self._prior, edge)
-        return [
-            min(max(c, p * level / SLOPE_RATIO), p * level * SLOPE_RATIO)
-            for c, p in zip(coefficients, self._prior, strict=True)
-        ]
+    def _beyond(self, coefficients: tuple[float, ...]) -> Sequence[float]:
+        """The coefficients beyond the range: within SLOPE_RATIO of the prior's at the level of the range's far end.
+
+        Kept until a sample changes them: placement asks every worker.
+        """
+        state = (coefficients, self.x_max, self.y_max)
+        if self._slopes_of != state:
+            level = 1.0
+            if self.fit.samples:
+                edge = self._cap((1.0, math.inf, math.inf)[: len(self._prior)], self.x_max, self.y_max)
+                level = _dot(coefficients, edge) / _dot(self._prior, edge)
+            self._slopes = [
+                min(max(c, p * level / SLOPE_RATIO), p * level * SLOPE_RATIO)
+                for c, p in zip(coefficients, self._prior, strict=True)
+            ]
+            self._slopes_of = state
+        return self._slopes
 
 
 def _dot(coefficients: Sequence[float], features: Sequence[float]) -> float:
-    return sum([c * x for c, x in zip(coefficients, features, strict=True)])
+    return sum(map(mul, coefficients, features))

@@ -151,4 +151,5 @@ class Ranged:
 
 
 def _dot(coefficients: Sequence[float], features: Sequence[float]) -> float:
-    return sum(map(mul, coefficients, features))
+    seconds: float = sum(map(mul, coefficients, features))
+    return seconds

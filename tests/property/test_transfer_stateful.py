@@ -102,7 +102,7 @@ class Node:
     ended: set[TransferId] = field(default_factory=set)
     arrived: dict[TransferId, set[int]] = field(default_factory=dict)
     tails: dict[AttemptId, int] = field(default_factory=dict)  # tail slots that the attempts still hold
-    handing: set[AttemptId] = field(default_factory=set)
+    handing: dict[AttemptId, float] = field(default_factory=dict)  # since when
     withdrawing: set[AttemptId] = field(default_factory=set)
     spoken: set[AttemptId] = field(default_factory=set)
     jobs: list[Receive | Transmit | Hash] = field(default_factory=list)
@@ -196,7 +196,7 @@ class Transfers(RuleBasedStateMachine):
         owner.slots.content[slot] = b"tail of %d" % number
         owner.tails[attempt] = slot
         owner.spoken.add(attempt)
-        owner.handing.add(attempt)
+        owner.handing[attempt] = self.now_s
         tail = Tail(index=index, slot=slot, num_tokens=3)
         self.perform(owner, owner.machine.hand_over(attempt, tail, self.now_s))
 
@@ -205,7 +205,7 @@ class Transfers(RuleBasedStateMachine):
         owner, attempt = self.nodes[node], AttemptId(RequestId("r"), number)
         if attempt not in owner.withdrawing:
             owner.spoken.add(attempt)
-            owner.handing.discard(attempt)
+            owner.handing.pop(attempt, None)
             owner.withdrawing.add(attempt)
             self.perform(owner, owner.machine.withdraw(attempt, self.now_s))
 
@@ -383,10 +383,14 @@ class Transfers(RuleBasedStateMachine):
                 self.on_ended(node, effect)
             case HandedOver():
                 assert effect.attempt_id in node.handing
-                node.handing.remove(effect.attempt_id)
+                del node.handing[effect.attempt_id]
                 self.free_tail(node, effect.attempt_id)
             case Withdrawn():
-                node.withdrawing.remove(effect.attempt_id)
+                if effect.attempt_id in node.withdrawing:
+                    node.withdrawing.remove(effect.attempt_id)
+                else:
+                    handed_s = node.handing.pop(effect.attempt_id)
+                    assert self.now_s - handed_s >= LIMITS.hold_s, "withdrawn unasked, before nobody read for so long"
                 self.free_tail(node, effect.attempt_id)
 
     def free_tail(self, node: Node, attempt: AttemptId) -> None:
